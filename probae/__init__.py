@@ -1,0 +1,99 @@
+"""Probabilistic autoencoders as Pyro guide/model pairs."""
+
+from .autoencoder import Autoencoder, Kind
+from .corruptions import BitFlip, GaussianNoise
+from .datasets import as_tensor, binarize, dequantize, load_dataset
+from .decoders import (
+    LIKELIHOODS,
+    BernoulliDecoder,
+    CategoricalDecoder,
+    ContinuousBernoulliDecoder,
+    Decoder,
+    DiscretizedLogisticDecoder,
+    GaussianDecoder,
+    HeteroscedasticGaussianDecoder,
+    PoissonDecoder,
+)
+from .distributions import DiscretizedLogistic, GreyBernoulli
+from .encoders import (
+    BernoulliEncoder,
+    CategoricalEncoder,
+    GaussianEncoder,
+    LinearGaussianPosterior,
+    PointEncoder,
+)
+from .likelihood import LogLikelihood, log_likelihood
+from .networks import MLP, ConvNet, DeconvNet
+from .objectives import ELBO, IWAE, LinearWarmup
+from .part import Part
+from .presets import PPCA, VAE, UndercompleteAutoencoder
+from .priors import (
+    BernoulliPrior,
+    CategoricalPrior,
+    FlatPrior,
+    FlowPrior,
+    GaussianMixturePrior,
+    LaplacePrior,
+    StandardNormalPrior,
+    VampPrior,
+)
+from .sampling import Samples, reconstruct, sample
+from .saving import load, save
+from .training import Run, active_units, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "LIKELIHOODS",
+    "MLP",
+    "PPCA",
+    "VAE",
+    "Autoencoder",
+    "BernoulliDecoder",
+    "BernoulliEncoder",
+    "BernoulliPrior",
+    "BitFlip",
+    "CategoricalDecoder",
+    "CategoricalEncoder",
+    "CategoricalPrior",
+    "ContinuousBernoulliDecoder",
+    "ConvNet",
+    "Decoder",
+    "DeconvNet",
+    "DiscretizedLogistic",
+    "DiscretizedLogisticDecoder",
+    "FlatPrior",
+    "FlowPrior",
+    "GaussianDecoder",
+    "GaussianEncoder",
+    "GaussianMixturePrior",
+    "GaussianNoise",
+    "GreyBernoulli",
+    "HeteroscedasticGaussianDecoder",
+    "Kind",
+    "LaplacePrior",
+    "LinearGaussianPosterior",
+    "LinearWarmup",
+    "LogLikelihood",
+    "Part",
+    "PointEncoder",
+    "PoissonDecoder",
+    "Run",
+    "Samples",
+    "StandardNormalPrior",
+    "UndercompleteAutoencoder",
+    "VampPrior",
+    "active_units",
+    "as_tensor",
+    "binarize",
+    "dequantize",
+    "fit",
+    "load",
+    "load_dataset",
+    "log_likelihood",
+    "reconstruct",
+    "sample",
+    "save",
+]

@@ -1,0 +1,329 @@
+"""The pair: a stochastic decoder as the model, a stochastic encoder as the guide."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import enum
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule, pyro_method
+from torch import Size, Tensor, nn
+
+from .distributions import is_discrete, is_flat, is_point
+from .part import Part
+
+_LOCAL: contextvars.ContextVar[bool] = contextvars.ContextVar("probae_local", default=False)
+_COUNTERS: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
+
+
+class Kind(str, enum.Enum):
+    """What the loss of a pair certifies about log p(x); it decides which numbers may be printed."""
+
+    ELBO = "ELBO"
+    IWELBO = "IWELBO"
+    DISCRETE_POINT = "DISCRETE_POINT"
+    MAP_JOINT = "MAP_JOINT"
+    CONDITIONAL = "CONDITIONAL"
+    RECONSTRUCTION = "RECONSTRUCTION"
+    ENERGY = "ENERGY"
+    ADVERSARIAL = "ADVERSARIAL"
+
+    @property
+    def is_lower_bound(self) -> bool:
+        """Whether -loss is a lower bound on log p(x)."""
+        return self in (Kind.ELBO, Kind.IWELBO, Kind.DISCRETE_POINT)
+
+    @property
+    def statement(self) -> str:
+        """The statement that is true of the loss, in one sentence."""
+        return _STATEMENTS[self]
+
+
+_STATEMENTS = {
+    Kind.ELBO: "-loss is a lower bound on log p(x), in expectation",
+    Kind.IWELBO: "-loss is a lower bound on log p(x), tighter with more particles",
+    Kind.DISCRETE_POINT: "-loss = log p(x, z) <= log p(x), a lower bound because z is discrete",
+    Kind.MAP_JOINT: "-loss = log p(x, f(x)), a joint density that bounds log p(x) in neither "
+    "direction and moves with the units of z",
+    Kind.CONDITIONAL: "-loss = log p(x | x_tilde), which says nothing about log p(x)",
+    Kind.RECONSTRUCTION: "-loss = log p(x | z = f(x)), a reconstruction score; without a proper "
+    "prior there is no p(x)",
+    Kind.ENERGY: "the loss holds an unnormalised factor and says nothing about log p(x)",
+    Kind.ADVERSARIAL: "the loss holds an estimated density ratio and says nothing about log p(x)",
+}
+
+
+class Autoencoder(Part, PyroModule):
+    r"""A probabilistic autoencoder: four parts, two Pyro programs.
+
+    .. math::
+        model:&\quad z \sim p(z),\quad x \sim p(x|z),\quad \tilde x \sim C(\tilde x|x)\\
+        guide:&\quad \tilde x \sim C(\tilde x|x),\quad z \sim q(z|\tilde x)
+
+    Without a corruption, x_tilde is absent and the encoder sees x. With one, x_tilde stands in both
+    programs with the same distribution, so it cancels and an ELBO stays an ELBO.
+
+    ``model`` and ``guide`` work with :class:`pyro.infer.SVI` as they are; every parameter of every
+    instance is in the param store under the instance's own name. Sites are ``z``, ``x`` and
+    ``x_tilde``, in one plate ``data``.
+
+    Args:
+        prior: module, ``prior()`` is p(z) with event shape ``z_shape`` and no batch shape.
+        encoder: module, ``encoder(x)`` is q(z|x) for x of shape (..., *x_shape).
+        decoder: module, ``decoder(z)`` is p(x|z) for z of shape (..., *z_shape).
+        corruption: module, ``corruption(x)`` is C(x_tilde|x), or None.
+
+    Raises:
+        ValueError: parts that do not fit together; the message names the part, the shape that was
+            expected and the one that came.
+
+    Example:
+        >>> import torch, pyro, probae
+        >>> pair = probae.Autoencoder(
+        ...     prior=probae.StandardNormalPrior(2),
+        ...     encoder=probae.GaussianEncoder(probae.MLP(8, (2, 2))),
+        ...     decoder=probae.BernoulliDecoder(probae.MLP(2, 8)),
+        ... )
+        >>> svi = pyro.infer.SVI(
+        ...     pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO()
+        ... )
+        >>> loss = svi.step(torch.ones(16, 8))  # nats, summed over the 16 data
+        >>> pair.kind.value
+        'ELBO'
+    """
+
+    def __init__(
+        self,
+        prior: nn.Module,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        corruption: nn.Module | None = None,
+    ) -> None:
+        name = type(self).__name__
+        super().__init__(name=f"{name}_{next(_COUNTERS[name])}")
+        for argument, part in (("prior", prior), ("encoder", encoder), ("decoder", decoder)):
+            if not isinstance(part, nn.Module):
+                raise ValueError(
+                    f"{argument} must be a torch.nn.Module whose forward returns a Distribution, "
+                    f"got {type(part).__name__}"
+                )
+        if corruption is not None and not isinstance(corruption, nn.Module):
+            raise ValueError(
+                f"corruption must be a torch.nn.Module or None, got {type(corruption).__name__}"
+            )
+        self.prior = prior
+        self.encoder = encoder
+        self.decoder = decoder
+        self.corruption = corruption
+        dry = self._dry_run()
+        self.z_shape = tuple(dry["prior"].event_shape)
+        self.x_shape = tuple(dry["decoder"].event_shape)
+
+    @pyro_method
+    def model(self, x: Tensor) -> Tensor:
+        """Pyro program p(z) p(x|z) with ``x`` of shape (N, *x_shape) observed; returns z."""
+        self._enter(x)
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", self.decoder(z), obs=x)
+            if self.corruption is not None:
+                pyro.sample("x_tilde", self.corruption(x))
+        return z
+
+    @pyro_method
+    def guide(self, x: Tensor) -> Tensor:
+        """Pyro program q(z|x), or C(x_tilde|x) q(z|x_tilde) under a corruption; returns z."""
+        self._enter(x)
+        with pyro.plate("data", len(x), dim=-1):
+            if self.corruption is not None:
+                x = pyro.sample("x_tilde", self.corruption(x))
+            return pyro.sample("z", self.encoder(x))
+
+    @property
+    def kind(self) -> Kind:
+        """What the loss certifies, derived from the distributions that the parts return."""
+        dry = self._dry_run()
+        point, flat = is_point(dry["encoder"]), is_flat(dry["prior"])
+        if not point:
+            return Kind.ENERGY if flat else Kind.ELBO
+        if flat:
+            return Kind.RECONSTRUCTION if self.corruption is None else Kind.CONDITIONAL
+        return Kind.DISCRETE_POINT if is_discrete(dry["prior"]) else Kind.MAP_JOINT
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the parameters and buffers."""
+        return self._any_tensor().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters and buffers."""
+        return self._any_tensor().device
+
+    def initialize(self, x: Tensor) -> None:
+        """Set data-dependent starting values in every part that has them.
+
+        For instance the decoder's output bias to the data's mean and the pseudo-inputs of a
+        VampPrior to data. Call it before training, on training data of shape (N, *x_shape).
+
+        Raises:
+            ValueError: ``x`` has the wrong shape or dtype.
+        """
+        self.check_input(x)
+        for part in (self.prior, self.encoder, self.decoder, self.corruption):
+            if isinstance(part, Part):
+                part.initialize(x)
+
+    def check_input(self, x: Any, argument: str = "x") -> Tensor:
+        """Return ``x`` if it is a floating tensor (N, *x_shape), or raise a ValueError."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{argument} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != len(self.x_shape) + 1 or tuple(x.shape[1:]) != self.x_shape:
+            raise ValueError(
+                f"{argument} must have shape (N, {', '.join(map(str, self.x_shape))}), got "
+                f"{tuple(x.shape)}{_shape_hint(x, self.x_shape)}"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{argument} must have a floating dtype, got {x.dtype}; convert with "
+                f"{argument}.to({self.dtype}) (and scale 8-bit images by 1/255)"
+            )
+        return x
+
+    def _enter(self, x: Tensor) -> None:
+        """Check the input, and tell Pyro about every parameter of this very instance."""
+        self.check_input(x)
+        if _LOCAL.get():
+            return
+        store = pyro.get_param_store()
+        for name, parameter in self.named_parameters(prefix=self._pyro_name):
+            if not parameter.requires_grad:
+                continue
+            # a stale tensor (of a replaced part, or of the original of a copy) would be trained
+            # in place of this one, silently
+            if name in store and store[name].unconstrained() is not parameter:
+                del store[name]
+            pyro.param(name, parameter)
+
+    def _any_tensor(self) -> Tensor:
+        for tensor in itertools.chain(self.parameters(), self.buffers()):
+            if tensor.is_floating_point():
+                return tensor
+        return torch.empty(())
+
+    def _dry_run(self) -> dict[str, Any]:
+        """Run the parts on two data; check each distribution's shape; change no state."""
+        with frozen(self, seed=0):
+            prior = _call("prior", self.prior)
+            _expect("prior()", prior, Size(), prior.event_shape)
+            with _naming("decoder", f"z of shape {(2, *prior.event_shape)}"):
+                decoder = self.decoder(prior.sample(Size((2,))))
+                x = decoder.sample().to(self.dtype)
+            _expect("decoder(z)", decoder, Size((2,)), decoder.event_shape)
+            x_tilde = x
+            if self.corruption is not None:
+                with _naming("corruption", f"x of shape {tuple(x.shape)}"):
+                    corruption = self.corruption(x)
+                    x_tilde = corruption.sample()
+                _expect("corruption(x)", corruption, Size((2,)), x.shape[1:])
+            with _naming("encoder", f"x of shape {tuple(x.shape)}, which the decoder makes"):
+                encoder = self.encoder(x_tilde)
+            _expect("encoder(x)", encoder, Size((2,)), prior.event_shape)
+        if not is_point(encoder) and is_discrete(encoder) != is_discrete(prior):
+            kinds = ["discrete" if is_discrete(d) else "continuous" for d in (encoder, prior)]
+            raise ValueError(
+                f"encoder is {kinds[0]} but prior is {kinds[1]}: their ratio is no density; pick "
+                "both discrete (BernoulliEncoder, BernoulliPrior) or both continuous"
+            )
+        return {"prior": prior, "decoder": decoder, "encoder": encoder}
+
+
+@contextlib.contextmanager
+def frozen(pair: nn.Module, seed: int | None) -> Iterator[None]:
+    """Evaluate a pair without a trace of it: no gradients, eval mode, random stream put back.
+
+    Pyro's param store is left alone, and its argument checks are off inside (callers check their
+    input first). ``seed=None`` draws from, and advances, the global random stream.
+    """
+    training = [module for module in pair.modules() if module.training]
+    devices = {t.device for t in itertools.chain(pair.parameters(), pair.buffers())}
+    with contextlib.ExitStack() as stack:
+        if seed is not None:
+            stack.enter_context(seeded(seed, devices))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(local_parameters())
+        stack.enter_context(pyro.validation_enabled(False))
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextlib.contextmanager
+def local_parameters() -> Iterator[None]:
+    """Run pairs without the global param store: their parameters are those of the module."""
+    token = _LOCAL.set(True)
+    try:
+        with pyro.get_param_store().scope():  # parts that are PyroModules use a store of their own
+            yield
+    finally:
+        _LOCAL.reset(token)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, devices: set[torch.device]) -> Iterator[None]:
+    """Seed torch's generators inside the block and put the random streams back after it."""
+    cuda = [d for d in devices if d.type == "cuda"]
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        yield
+
+
+def _call(name: str, part: nn.Module, *args: Tensor) -> Any:
+    with _naming(name, "no argument"):
+        return part(*args)
+
+
+@contextlib.contextmanager
+def _naming(name: str, given: str) -> Iterator[None]:
+    """Turn an error inside a part into one that names the part and what it was given."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{name} does not fit the other parts: given {given}, it failed with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _expect(call: str, distribution: Any, batch_shape: Size, event_shape: Size) -> None:
+    """Check that a part returned a distribution of these shapes."""
+    if not isinstance(distribution, torch.distributions.Distribution):
+        raise ValueError(
+            f"{call} must return a torch.distributions.Distribution, got "
+            f"{type(distribution).__name__}"
+        )
+    if distribution.batch_shape != batch_shape or distribution.event_shape != event_shape:
+        raise ValueError(
+            f"{call} must return a distribution of batch shape {tuple(batch_shape)} and event "
+            f"shape {tuple(event_shape)}, got batch shape {tuple(distribution.batch_shape)} and "
+            f"event shape {tuple(distribution.event_shape)}; declare event dimensions with "
+            ".to_event(n), and give encoder, decoder and prior the same z_dim and x_shape"
+        )
+
+
+def _shape_hint(x: Tensor, x_shape: tuple[int, ...]) -> str:
+    if tuple(x.shape) == x_shape:
+        return "; add a batch dimension with x.unsqueeze(0)"
+    if x.dim() > 0 and x[:1].numel() == Size(x_shape).numel():
+        return f"; reshape with x.reshape(-1, {', '.join(map(str, x_shape))})"
+    return ""

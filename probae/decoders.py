@@ -1,0 +1,338 @@
+"""Decoders p(x|z): modules that map z of shape (..., z_dim) to a distribution over x.
+
+The returned distribution has batch shape (...) and event shape x_shape. Every decoder stands on a
+network whose output has shape (..., parameters, *x_shape), or (..., *x_shape) where the likelihood
+has one parameter; ``output_shape`` of the class says which.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from .distributions import DiscretizedLogistic, GreyBernoulli
+from .networks import MLP
+from .part import Part, require_positive
+
+if TYPE_CHECKING:
+    from torch.distributions import Distribution
+
+
+class Decoder(Part):
+    """What the decoders of this module share: a network, and the shape of its output."""
+
+    num_parameters: int = 1
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @classmethod
+    def output_shape(cls, x_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that the network's output must have for data of shape ``x_shape``."""
+        return x_shape if cls.num_parameters == 1 else (cls.num_parameters, *x_shape)
+
+    def initialize(self, x: Tensor) -> None:
+        """Set the output bias so that the decoder starts at the mean of ``x`` for every z.
+
+        Does nothing where the network has no ``set_bias``.
+        """
+        if hasattr(self.network, "set_bias"):
+            self.network.set_bias(self.bias_for(x))
+
+    def bias_for(self, x: Tensor) -> Tensor:
+        """Return the network output that fits data ``x`` (N, *x_shape) when z says nothing."""
+        raise TypeError(f"{type(self).__name__} has no data-dependent starting values")
+
+
+class BernoulliDecoder(Decoder):
+    r"""Bernoulli decoder, :math:`p(x|z) = \prod_i \pi_i^{x_i} (1-\pi_i)^{1-x_i}`, logits from z.
+
+    Grey x in [0, 1] can be trained on; the ELBO then bounds the expected log-likelihood of x's
+    stochastic binarisation, not a likelihood of x (see :class:`GreyBernoulli`).
+
+    Args:
+        network: maps (..., z_dim) to the logits, (..., *x_shape).
+
+    Example:
+        >>> import torch
+        >>> from probae import MLP
+        >>> BernoulliDecoder(MLP(3, (8, 8)))(torch.randn(7, 3)).event_shape
+        torch.Size([8, 8])
+    """
+
+    def forward(self, z: Tensor) -> Distribution:
+        """Return p(x|z), batch shape (...), event shape x_shape."""
+        logits = self.network(z)
+        return GreyBernoulli(logits=logits).to_event(_event_dim(logits, z))
+
+    def bias_for(self, x: Tensor) -> Tensor:
+        """Return logits of the pixel means, these clipped to [0.001, 0.999]."""
+        return torch.logit(x.mean(0).clamp(1e-3, 1 - 1e-3))
+
+
+class ContinuousBernoulliDecoder(Decoder):
+    r"""Continuous Bernoulli decoder: a normalised density on [0, 1], :math:`\propto \pi^x(1-\pi)^{1-x}`.
+
+    Args:
+        network: maps (..., z_dim) to the logits, (..., *x_shape).
+
+    Reference:
+        Loaiza-Ganem & Cunningham, The continuous Bernoulli, 2019.
+
+    Example:
+        >>> import torch
+        >>> from probae import MLP
+        >>> ContinuousBernoulliDecoder(MLP(3, 8))(torch.randn(7, 3)).event_shape
+        torch.Size([8])
+    """
+
+    def forward(self, z: Tensor) -> Distribution:
+        """Return p(x|z), batch shape (...), event shape x_shape."""
+        logits = self.network(z)
+        return dist.ContinuousBernoulli(logits=logits).to_event(_event_dim(logits, z))
+
+    def bias_for(self, x: Tensor) -> Tensor:
+        """Return logits of the pixel means, these clipped to [0.001, 0.999]."""
+        return torch.logit(x.mean(0).clamp(1e-3, 1 - 1e-3))
+
+
+class GaussianDecoder(Decoder):
+    r"""Gaussian decoder with one scale, :math:`p(x|z) = N(x; g(z), \sigma^2 I)`.
+
+    A learned σ is :math:`\sigma_{min} + softplus(s)`: without the floor a deterministic code could
+    send σ to 0 and the likelihood to infinity. Densities in nats compare only at equal scaling of
+    x, so quote σ_min beside them.
+
+    Args:
+        network: maps (..., z_dim) to the mean, (..., *x_shape).
+        scale: σ, or its starting value where it is learned.
+        learn_scale: whether σ is a parameter.
+        scale_min: floor of a learned σ.
+
+    Raises:
+        ValueError: ``scale`` or ``scale_min`` is not a finite number > 0, or a learned ``scale``
+            does not start above its floor.
+
+    Example:
+        >>> import torch
+        >>> from probae import MLP
+        >>> GaussianDecoder(MLP(3, 8), scale=0.5)(torch.randn(7, 3)).event_shape
+        torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        scale: float = 1.0,
+        learn_scale: bool = False,
+        scale_min: float = 1e-3,
+    ) -> None:
+        super().__init__(network)
+        require_positive(scale, "scale")
+        self.scale_min = require_positive(scale_min, "scale_min")
+        self.learn_scale = learn_scale
+        if learn_scale:
+            if scale <= scale_min:
+                raise ValueError(
+                    f"scale must start above scale_min={scale_min} when it is learned, got {scale}"
+                )
+            raw = torch.tensor(_inverse_softplus(scale - scale_min))
+            self.raw_scale = nn.Parameter(raw)
+        else:
+            self.register_buffer("fixed_scale", torch.tensor(float(scale)))
+
+    @property
+    def scale(self) -> Tensor:
+        """The standard deviation σ, a scalar tensor."""
+        if self.learn_scale:
+            return self.scale_min + softplus(self.raw_scale)
+        scale = self.fixed_scale
+        assert isinstance(scale, Tensor)
+        return scale
+
+    @torch.no_grad()
+    def set_scale(self, value: float) -> None:
+        """Set σ; raise a ValueError where a learned one would lie at or below its floor."""
+        require_positive(value, "value")
+        if not self.learn_scale:
+            self.scale.fill_(value)
+        elif value <= self.scale_min:
+            raise ValueError(f"value must exceed scale_min={self.scale_min}, got {value}")
+        else:
+            self.raw_scale.fill_(_inverse_softplus(value - self.scale_min))
+
+    def forward(self, z: Tensor) -> Distribution:
+        """Return p(x|z), batch shape (...), event shape x_shape."""
+        loc = self.network(z)
+        return dist.Normal(loc, self.scale).to_event(_event_dim(loc, z))
+
+    def bias_for(self, x: Tensor) -> Tensor:
+        """Return the mean of the data."""
+        return x.mean(0)
+
+    def affine(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return ``(W, b, σ)`` with p(x|z) = N(Wz + b, σ²I) on flattened x, or None if not so."""
+        affine = self.network.affine() if isinstance(self.network, MLP) else None
+        return None if affine is None else (*affine, self.scale)
+
+
+class HeteroscedasticGaussianDecoder(Decoder):
+    r"""Gaussian decoder whose scale depends on z, :math:`N(x; \mu(z), diag\,\sigma(z)^2)`.
+
+    Args:
+        network: maps (..., z_dim) to (..., 2, *x_shape): the mean, and the scale before softplus.
+        scale_min: floor of the scale, added to it.
+
+    Reference:
+        Mattei & Frellsen, Leveraging the exact likelihood of deep latent variable models, 2018, on
+        why the floor is needed.
+
+    Example:
+        >>> import torch
+        >>> from probae import MLP
+        >>> HeteroscedasticGaussianDecoder(MLP(3, (2, 8)))(torch.randn(7, 3)).event_shape
+        torch.Size([8])
+    """
+
+    num_parameters = 2
+
+    def __init__(self, network: nn.Module, scale_min: float = 1e-3) -> None:
+        super().__init__(network)
+        self.scale_min = require_positive(scale_min, "scale_min")
+
+    def forward(self, z: Tensor) -> Distribution:
+        """Return p(x|z), batch shape (...), event shape x_shape."""
+        parameters = self.network(z)
+        loc, scale = parameters.unbind(z.dim() - 1)
+        normal = dist.Normal(loc, softplus(scale) + self.scale_min)
+        return normal.to_event(_event_dim(loc, z))
+
+    def bias_for(self, x: Tensor) -> Tensor:
+        """Return mean and pre-softplus scale of the data."""
+        scale = (x.std(0) - self.scale_min).clamp(min=0.01)
+        return torch.stack([x.mean(0), torch.log(torch.expm1(scale))])
+
+
+class CategoricalDecoder(Decoder):
+    r"""Categorical decoder, :math:`p(x_i = c|z) = softmax_c\,a_i(z)`; x holds classes 0 … C-1.
+
+    x is given in the pair's floating dtype, as everywhere.
+
+    Args:
+        network: maps (..., z_dim) to the logits, (..., num_classes, *x_shape).
+
+    Example:
+        >>> import torch
+        >>> from probae import MLP
+        >>> CategoricalDecoder(MLP(3, (5, 8)))(torch.randn(7, 3)).event_shape
+        torch.Size([8])
+    """
+
+    def forward(self, z: Tensor) -> Distribution:
+        """Return p(x|z), batch shape (...), event shape x_shape."""
+        logits = self.network(z).movedim(z.dim() - 1, -1)  # (..., *x_shape, C)
+        return dist.Categorical(logits=logits).to_event(logits.dim() - z.dim())
+
+    @classmethod
+    def output_shape(cls, x_shape: tuple[int, ...], num_classes: int = 2) -> tuple[int, ...]:
+        """Return the shape of the network's output: (num_classes, *x_shape)."""
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        return (num_classes, *x_shape)
+
+    def initialize(self, x: Tensor) -> None:
+        """Set the output bias to the log-frequencies of the classes at each position of ``x``."""
+        if isinstance(self.network, MLP):
+            classes = torch.arange(self.network.out_shape[0], dtype=x.dtype, device=x.device)
+            hits = x.unsqueeze(1) == classes.reshape(-1, *[1] * (x.dim() - 1))  # (N, C, *x_shape)
+            frequencies = (hits.sum(0) + 0.5) / (len(x) + 0.5 * len(classes))
+            self.network.set_bias(frequencies.log().to(x.dtype))
+
+
+class DiscretizedLogisticDecoder(Decoder):
+    r"""Decoder for ``levels`` grey levels on [0, 1], see :class:`DiscretizedLogistic`.
+
+    Args:
+        network: maps (..., z_dim) to (..., 2, *x_shape): the location, and the scale before
+            softplus.
+        levels: number of grey levels; x lies on {0, …, levels-1}/(levels-1).
+        scale_min: floor of the scale; below about 1/20 of a step the mass sits in one bin anyway.
+
+    Reference:
+        Kingma et al., Improved variational inference with inverse autoregressive flow, 2016.
+
+    Example:
+        >>> import torch
+        >>> from probae import MLP
+        >>> DiscretizedLogisticDecoder(MLP(3, (2, 8)), levels=17)(torch.randn(7, 3)).event_shape
+        torch.Size([8])
+    """
+
+    num_parameters = 2
+
+    def __init__(self, network: nn.Module, levels: int = 256, scale_min: float = 1e-4) -> None:
+        super().__init__(network)
+        if levels < 2:
+            raise ValueError(f"levels must be at least 2, got {levels}")
+        self.levels = levels
+        self.scale_min = require_positive(scale_min, "scale_min")
+
+    def forward(self, z: Tensor) -> Distribution:
+        """Return p(x|z), batch shape (...), event shape x_shape."""
+        loc, scale = self.network(z).unbind(z.dim() - 1)
+        logistic = DiscretizedLogistic(loc, softplus(scale) + self.scale_min, self.levels)
+        return logistic.to_event(_event_dim(loc, z))
+
+    def bias_for(self, x: Tensor) -> Tensor:
+        """Return mean and pre-softplus scale of the data (variance of a logistic: π²s²/3)."""
+        scale = (x.std(0) * math.sqrt(3) / math.pi).clamp(min=0.01)
+        return torch.stack([x.mean(0), torch.log(torch.expm1(scale))])
+
+
+class PoissonDecoder(Decoder):
+    r"""Poisson decoder for counts, :math:`p(x|z) = \prod_i Poisson(x_i; softplus\,a_i(z))`.
+
+    Args:
+        network: maps (..., z_dim) to a, (..., *x_shape).
+
+    Example:
+        >>> import torch
+        >>> from probae import MLP
+        >>> PoissonDecoder(MLP(3, 8))(torch.randn(7, 3)).event_shape
+        torch.Size([8])
+    """
+
+    def forward(self, z: Tensor) -> Distribution:
+        """Return p(x|z), batch shape (...), event shape x_shape."""
+        rate = softplus(self.network(z)) + 1e-6  # a rate of exactly 0 would forbid any count
+        return dist.Poisson(rate).to_event(_event_dim(rate, z))
+
+    def bias_for(self, x: Tensor) -> Tensor:
+        """Return the pre-softplus mean counts, these at least 0.01."""
+        mean = x.mean(0).clamp(min=0.01)
+        return mean + torch.log(-torch.expm1(-mean))
+
+
+LIKELIHOODS: dict[str, type[Decoder]] = {
+    "bernoulli": BernoulliDecoder,
+    "continuous-bernoulli": ContinuousBernoulliDecoder,
+    "gaussian": GaussianDecoder,
+    "heteroscedastic-gaussian": HeteroscedasticGaussianDecoder,
+    "categorical": CategoricalDecoder,
+    "discretized-logistic": DiscretizedLogisticDecoder,
+    "poisson": PoissonDecoder,
+}
+
+
+def _event_dim(parameter: Tensor, z: Tensor) -> int:
+    return parameter.dim() - z.dim() + 1
+
+
+def _inverse_softplus(value: float) -> float:
+    return value + math.log(-math.expm1(-value))

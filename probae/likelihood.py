@@ -1,0 +1,326 @@
+"""Marginal likelihoods of held-out data: exact, evidence lower bound, importance weighted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .arviz import pareto_khat
+from .autoencoder import Autoencoder, Kind, frozen
+from .checks import check_support
+from .datasets import as_tensor
+from .decoders import GaussianDecoder
+from .distributions import base_distribution, is_flat, is_point
+from .objectives import log_weights
+
+MAX_STATES = 2**20  # of a discrete code that is enumerated
+CHUNK_BYTES = 32 * 2**20  # widest activation of one pass through the decoder
+
+
+class LogLikelihood(NamedTuple):
+    """Log-likelihood of each datum, in nats, and how far it can be believed."""
+
+    values: Tensor  # (N,) nats per datum
+    std_error: Tensor  # (N,) Monte Carlo standard error of each value; 0 where it is exact
+    ess: Tensor | None  # (N,) effective number of importance samples
+    khat: Tensor | None  # (N,) Pareto k of the importance weights; above 0.7 do not trust
+    method: str  # "exact" | "elbo" | "iwae"
+    is_bound: bool  # whether the values are lower bounds in expectation
+    num_samples: int  # samples of z per datum; 0 where exact
+    dimension: int  # number of dimensions of one datum
+
+    @property
+    def mean(self) -> float:
+        """Mean over the data, nats per datum."""
+        return float(self.values.double().mean())
+
+    @property
+    def mean_std_error(self) -> float:
+        """Standard error of the mean over the data, sampling of data and of z together."""
+        if len(self.values) < 2:
+            return math.nan
+        return float(self.values.double().std() / math.sqrt(len(self.values)))
+
+    @property
+    def bits_per_dim(self) -> float:
+        """Negative mean in bits per dimension of the data as they were given."""
+        return -self.mean / (self.dimension * math.log(2))
+
+    def __repr__(self) -> str:
+        claim = "lower bound" if self.is_bound else "exact"
+        samples = f", {self.num_samples} samples" if self.num_samples else ""
+        return (
+            f"LogLikelihood({self.mean:.4f} ± {self.mean_std_error:.4f} nats per datum, "
+            f"{len(self.values)} data, {self.method}{samples}, {claim})"
+        )
+
+
+def log_likelihood(
+    pair: Autoencoder,
+    x: Tensor | Any,
+    method: str = "auto",
+    num_samples: int | None = None,
+    *,
+    proposal: nn.Module | None = None,
+    seed: int | None = 0,
+    progress: bool = False,
+) -> LogLikelihood:
+    r"""Estimate log p(x) of each datum.
+
+    .. math::
+        exact:&\quad \log p(x) \text{ in closed form, or } \log\sum_z p(z)\,p(x|z)\\
+        elbo:&\quad \frac1K \sum_k \log w_k,\qquad
+        iwae:\quad \log \frac1K \sum_k w_k,\qquad w_k = \frac{p(x, z_k)}{q(z_k|x)}
+
+    ``exact`` needs a linear-Gaussian pair (affine mean, one scale, Gaussian prior) or a discrete
+    code of at most 2**20 states. Work is cut into chunks of data and of samples, so memory does not
+    grow with ``num_samples``.
+
+    Args:
+        pair: the pair; it is not changed.
+        x: data (N, *x_shape) in the support of the decoder: tensor, array, path or Dataset.
+        method: ``"exact"``, ``"elbo"``, ``"iwae"``, or ``"auto"``: exact where there is a closed
+            form, else iwae.
+        num_samples: K, by default 100 for elbo and 5000 for iwae.
+        proposal: an encoder to draw z from in place of the pair's own, for pairs with point codes.
+        seed: of the samples of z; None draws from the global stream.
+        progress: show a progress bar.
+
+    Returns:
+        LogLikelihood: values and standard errors per datum in nats, and diagnostics.
+
+    Raises:
+        ValueError: bad data (shape, dtype, empty, NaN, outside the support; grey pixels under a
+            Bernoulli decoder), ``num_samples`` < 1, an unknown method, a method that the pair does
+            not allow, or a pair whose kind certifies no likelihood.
+
+    Reference:
+        Burda, Grosse & Salakhutdinov, Importance weighted autoencoders, 2016; Tipping & Bishop,
+        1999; Vehtari et al., Pareto smoothed importance sampling, 2024.
+
+    Example:
+        >>> import torch, probae
+        >>> pair = probae.VAE(8, 2)
+        >>> ll = probae.log_likelihood(pair, torch.ones(4, 8), "iwae", num_samples=10)
+        >>> ll.values.shape, ll.is_bound
+        (torch.Size([4]), True)
+    """
+    known = ("auto", "exact", "elbo", "iwae")
+    if method not in known:
+        raise ValueError(f"method must be one of {', '.join(known)}, got {method!r}")
+    if num_samples is not None and (
+        isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1
+    ):
+        raise ValueError(f"num_samples must be an int >= 1, got {num_samples!r}")
+    data = as_tensor(x, "x").to(pair.device, pair.dtype)
+    check_support(pair, data, "x", binarize=False, strict=True)
+    if is_flat(pair.prior()):
+        raise ValueError(
+            f"pair is of kind {pair.kind.value}: its prior is flat, so there is no p(x) "
+            f"({pair.kind.statement}); give it a proper prior, such as prior='normal'"
+        )
+    closed_form = _closed_form(pair)
+    if method == "auto":
+        method = "iwae" if closed_form is None else "exact"
+    dimension = data[0].numel()
+    if method == "exact":
+        if closed_form is None:
+            raise ValueError(
+                "method='exact' needs a linear-Gaussian pair (Gaussian prior; GaussianDecoder on "
+                f"an affine network, hidden=()) or a discrete code of at most {MAX_STATES} states; "
+                "use method='iwae'"
+            )
+        with frozen(pair, seed=0):
+            values = closed_form(data)
+        zero = torch.zeros_like(values)
+        return LogLikelihood(values, zero, None, None, "exact", False, 0, dimension)
+    guide = _guide(pair, method, proposal)
+    samples = num_samples or {"elbo": 100, "iwae": 5000}[method]
+    rows = max(1, CHUNK_BYTES // (data.element_size() * _widest(pair)))
+    results = []
+    with frozen(pair, seed), tqdm(total=len(data), disable=not progress, unit="datum") as bar:
+        for chunk in data.split(max(1, rows // samples)):
+            streaming = _StreamingWeights(samples, chunk)
+            for count in _counts(samples, max(1, rows // len(chunk))):
+                streaming.add(log_weights(pair.model, guide, chunk, num_particles=count))
+            results.append(streaming.elbo() if method == "elbo" else streaming.iwae())
+            bar.update(len(chunk))
+    values, std_error, ess, khat = (torch.cat(column) for column in zip(*results, strict=True))
+    return LogLikelihood(values, std_error, ess, khat, method, True, samples, dimension)
+
+
+class _StreamingWeights:
+    """Running sums over log-weights (K, N) that arrive in blocks, in memory that K does not enter.
+
+    Pareto k needs only the largest weights; M = min(K/5, 3√K) of them and one more are kept.
+    """
+
+    def __init__(self, num_samples: int, x: Tensor) -> None:
+        self.num_samples = num_samples
+        self.tail_size = min(num_samples, math.ceil(min(num_samples / 5, 3 * num_samples**0.5)) + 1)
+        empty = x.new_full((len(x),), -math.inf, dtype=torch.float64)
+        self.log_sum, self.log_sum_squares = empty, empty
+        self.mean, self.sum_squares, self.seen = torch.zeros_like(empty), torch.zeros_like(empty), 0
+        self.tail = empty.new_empty((0, len(x)))
+
+    def add(self, log_weights: Tensor) -> None:
+        """Take in a block of shape (k, N)."""
+        block = log_weights.double()
+        self.log_sum = torch.logaddexp(self.log_sum, block.logsumexp(0))
+        self.log_sum_squares = torch.logaddexp(self.log_sum_squares, (2 * block).logsumexp(0))
+        count, total = len(block), self.seen + len(block)
+        mean, shift = block.mean(0), block.mean(0) - self.mean  # Chan et al., 1983
+        self.sum_squares = self.sum_squares + ((block - mean) ** 2).sum(0)
+        self.sum_squares = self.sum_squares + shift**2 * self.seen * count / total
+        self.mean, self.seen = self.mean + shift * count / total, total
+        top = torch.topk(block, min(count, self.tail_size), 0).values
+        merged = torch.cat([self.tail, top])
+        self.tail = torch.topk(merged, min(len(merged), self.tail_size), 0).values
+
+    def ess(self) -> Tensor:
+        """Kish's effective sample size (Σw)² / Σw²."""
+        return (2 * self.log_sum - self.log_sum_squares).exp()
+
+    def elbo(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean log-weight, its standard error, effective sample size, Pareto k."""
+        variance = self.sum_squares / max(self.seen - 1, 1)
+        std_error = (variance / self.seen).sqrt() if self.seen > 1 else variance + math.nan
+        return self.mean, std_error, self.ess(), self.khat()
+
+    def iwae(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-mean weight, its standard error (delta method), effective sample size, Pareto k."""
+        count, ess = self.seen, self.ess()
+        relative_variance = (1 / ess - 1 / count).clamp(min=0) * count / max(count - 1, 1)
+        std_error = relative_variance.sqrt() if count > 1 else relative_variance + math.nan
+        return self.log_sum - math.log(count), std_error, ess, self.khat()
+
+    def khat(self) -> Tensor:
+        """Pareto k of each datum, from the kept tail."""
+        return pareto_khat(self.tail, self.num_samples)
+
+
+def _guide(pair: Autoencoder, method: str, proposal: nn.Module | None) -> Callable[[Tensor], Any]:
+    """Return the program that proposes z, or refuse what would not give a bound."""
+    if proposal is None:
+        kind = pair.kind
+        if kind is Kind.ELBO or (kind is Kind.DISCRETE_POINT and method == "elbo"):
+            return pair.guide
+        raise ValueError(
+            f"method={method!r} needs an encoder with a density, but the pair is of kind "
+            f"{kind.value}: {kind.statement}; pass proposal=, a trained encoder with a density"
+            + (", or use method='elbo'" if kind is Kind.DISCRETE_POINT else "")
+        )
+
+    def propose(x: Tensor) -> Tensor:
+        with pyro.plate("data", len(x), dim=-1):
+            if pair.corruption is not None:
+                pyro.sample("x_tilde", pair.corruption(x))
+            return pyro.sample("z", proposal(x))
+
+    with frozen(pair, seed=0):
+        density = proposal(torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype))
+    if is_point(density) or density.event_shape != pair.z_shape:
+        raise ValueError(
+            f"proposal(x) must return a density with event shape {pair.z_shape}, got "
+            f"{type(base_distribution(density)).__name__} with event shape "
+            f"{tuple(density.event_shape)}"
+        )
+    return propose
+
+
+def _closed_form(pair: Autoencoder) -> Callable[[Tensor], Tensor] | None:
+    """Return the function that gives log p(x) exactly, or None where there is none."""
+    prior = base_distribution(pair.prior())
+    decoder = pair.decoder
+    if isinstance(prior, dist.Normal) and isinstance(decoder, GaussianDecoder):
+        affine = decoder.affine()
+        if affine is not None:
+            return lambda x: _linear_gaussian(x, prior, *affine)
+    count = _count_states(pair)
+    if count is not None and count <= MAX_STATES:
+        return lambda x: _enumerated(pair, x)
+    return None
+
+
+def _linear_gaussian(
+    x: Tensor, prior: dist.Normal, weight: Tensor, bias: Tensor, scale: Tensor
+) -> Tensor:
+    r"""Log-density of N(Wm + b, W diag(τ²) Wᵀ + s² I), in double precision."""
+    weight, bias, scale = weight.double(), bias.double(), scale.double()
+    marginal = dist.LowRankMultivariateNormal(
+        weight @ prior.loc.double() + bias,
+        weight * prior.scale.double(),
+        (scale**2).expand(len(bias)),
+    )
+    return marginal.log_prob(x.flatten(1).double())
+
+
+def _count_states(pair: Autoencoder) -> int | None:
+    """Number of states of the code, or None if it is not discrete and finite."""
+    prior = pair.prior()
+    base = base_distribution(prior)
+    if isinstance(base, dist.OneHotCategorical) and prior.event_shape == base.event_shape:
+        return int(base.event_shape[0])
+    if isinstance(base, dist.Bernoulli | dist.Categorical):
+        choices = 2 if isinstance(base, dist.Bernoulli) else base.probs.shape[-1]
+        return int(choices ** math.prod(prior.event_shape))
+    return None
+
+
+def _states(pair: Autoencoder, rows: int) -> Iterator[Tensor]:
+    """Yield all states of the code in blocks of shape (rows, z_dim)."""
+    prior = base_distribution(pair.prior())
+    (z_dim,) = pair.z_shape
+    if isinstance(prior, dist.OneHotCategorical):
+        yield from torch.eye(z_dim, dtype=pair.dtype, device=pair.device).split(rows)
+        return
+    choices = 2 if isinstance(prior, dist.Bernoulli) else prior.probs.shape[-1]
+    place = choices ** torch.arange(z_dim, device=pair.device)  # digits in base `choices`
+    for index in torch.arange(choices**z_dim, device=pair.device).split(rows):
+        yield ((index[:, None] // place) % choices).to(pair.dtype)
+
+
+def _enumerated(pair: Autoencoder, x: Tensor) -> Tensor:
+    """Log Σ_z p(z) p(x|z) over all states, in chunks of states and of data."""
+    prior, budget = pair.prior(), CHUNK_BYTES // (x.element_size() * _widest(pair))
+    values = []
+    for chunk in x.split(max(1, budget // 64)):
+        total = x.new_full((len(chunk),), -math.inf, dtype=torch.float64)
+        for z in _states(pair, max(1, budget // len(chunk))):
+            log_joint = prior.log_prob(z)[:, None] + pair.decoder(z[:, None]).log_prob(chunk)
+            total = torch.logaddexp(total, log_joint.double().logsumexp(0))
+        values.append(total)
+    return torch.cat(values)
+
+
+def _widest(pair: Autoencoder) -> int:
+    """Elements of the widest activation of the decoder for one code."""
+    widths = [math.prod(pair.x_shape)]
+    hooks = [
+        module.register_forward_hook(
+            lambda module, inputs, output: (
+                widths.append(output.numel()) if isinstance(output, Tensor) else None
+            )
+        )
+        for module in pair.decoder.modules()
+    ]
+    try:
+        with frozen(pair, seed=0):
+            pair.decoder(pair.prior().sample(torch.Size((1,))))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(widths)
+
+
+def _counts(total: int, most: int) -> Iterator[int]:
+    """Split ``total`` samples into blocks of at most ``most``."""
+    for start in range(0, total, most):
+        yield min(most, total - start)

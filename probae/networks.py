@@ -1,0 +1,255 @@
+"""Deterministic networks that parts are built on: multilayer perceptrons and convolutions.
+
+A network maps a tensor of shape (..., *in_shape) to one of shape (..., *out_shape), for any number
+of leading batch dimensions, so that it works inside any nesting of Pyro plates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .part import Part, Shape, as_shape, as_widths, numel
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "elu": nn.ELU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
+
+
+class MLP(Part):
+    r"""Multilayer perceptron of any depth, on vectors or on flattened arrays.
+
+    .. math:: y = W_L\, a(W_{L-1} \cdots a(W_1 x + b_1) \cdots + b_{L-1}) + b_L
+
+    With ``hidden=()`` it is an affine map. Weights start Glorot-uniform, biases at zero (Glorot &
+    Bengio, 2010).
+
+    Args:
+        in_shape: shape of one input, without batch dimensions.
+        out_shape: shape of one output.
+        hidden: widths of the hidden layers.
+        activation: one of ``relu, tanh, sigmoid, softplus, elu, silu, gelu``.
+
+    Raises:
+        ValueError: a shape or width is not positive, or the activation is unknown.
+
+    Example:
+        >>> import torch
+        >>> MLP((1, 8, 8), (2, 5), hidden=(32,))(torch.rand(7, 3, 1, 8, 8)).shape
+        torch.Size([7, 3, 2, 5])
+    """
+
+    def __init__(
+        self,
+        in_shape: Shape,
+        out_shape: Shape,
+        hidden: Shape = (),
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.in_shape = as_shape(in_shape, "in_shape")
+        self.out_shape = as_shape(out_shape, "out_shape")
+        widths = [numel(self.in_shape), *as_widths(hidden, "hidden"), numel(self.out_shape)]
+        layers: list[nn.Module] = []
+        for width_in, width_out in zip(widths[:-2], widths[1:-1], strict=True):
+            layers += [_glorot(nn.Linear(width_in, width_out)), _activation(activation)]
+        self.layers = nn.Sequential(*layers, _glorot(nn.Linear(widths[-2], widths[-1])))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., *in_shape) to (..., *out_shape)."""
+        x = self.layers(_flatten(x, self.in_shape))
+        return x.unflatten(-1, self.out_shape) if len(self.out_shape) > 1 else x
+
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer."""
+        layer = self.layers[-1]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        """Return ``(W, b)`` of shapes (out, in) and (out,) if the map is affine, else None."""
+        return (self.output.weight, self.output.bias) if len(self.layers) == 1 else None
+
+    @torch.no_grad()
+    def set_bias(self, value: Tensor) -> None:
+        """Set the bias of the last layer to ``value`` of shape ``out_shape``."""
+        self.output.bias.copy_(value.reshape(-1))
+
+
+class ConvNet(Part):
+    """Strided 3x3 convolutions, then a perceptron: images to vectors.
+
+    Each entry of ``channels`` halves height and width (rounded up).
+
+    Args:
+        in_shape: (channels, height, width) of one image.
+        out_shape: shape of one output.
+        channels: output channels of the convolutions, at least one.
+        hidden: widths of the dense layers behind them.
+        activation: see :class:`MLP`.
+
+    Raises:
+        ValueError: ``in_shape`` is not an image shape, or ``channels`` is empty.
+
+    Example:
+        >>> import torch
+        >>> ConvNet((1, 28, 28), (2, 5), channels=(8, 16))(torch.rand(7, 1, 28, 28)).shape
+        torch.Size([7, 2, 5])
+    """
+
+    def __init__(
+        self,
+        in_shape: Shape,
+        out_shape: Shape,
+        channels: Shape,
+        hidden: Shape = (),
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.in_shape = _image_shape(in_shape, "in_shape")
+        sizes = _sizes(self.in_shape, as_shape(channels, "channels"))
+        layers: list[nn.Module] = []
+        for (c_in, _, _), (c_out, _, _) in zip(sizes[:-1], sizes[1:], strict=True):
+            convolution = nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1)
+            layers += [_glorot(convolution), _activation(activation)]
+        self.convolutions = nn.Sequential(*layers)
+        self.dense = MLP(sizes[-1], out_shape, hidden, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., channels, height, width) to (..., *out_shape)."""
+        batch = x.shape[:-3]
+        features = self.convolutions(x.reshape(-1, *self.in_shape))  # (B, C, h, w)
+        return self.dense(features.reshape(*batch, *features.shape[1:]))
+
+
+class DeconvNet(Part):
+    """A perceptron, then transposed 3x3 convolutions: vectors to images, of exactly that size.
+
+    The mirror of :class:`ConvNet`: ``channels`` are read from the code towards the image, each
+    followed by a doubling of height and width.
+
+    Args:
+        in_shape: shape of one code.
+        out_shape: (..., channels, height, width) of one output; dimensions before the last three
+            (several parameters a pixel) become further output channels.
+        channels: input channels of the transposed convolutions, at least one.
+        hidden: widths of the dense layers before them.
+        activation: see :class:`MLP`.
+
+    Raises:
+        ValueError: ``out_shape`` is not an image shape, or ``channels`` is empty.
+
+    Example:
+        >>> import torch
+        >>> DeconvNet(5, (1, 28, 28), channels=(16, 8))(torch.randn(7, 5)).shape
+        torch.Size([7, 1, 28, 28])
+    """
+
+    def __init__(
+        self,
+        in_shape: Shape,
+        out_shape: Shape,
+        channels: Shape,
+        hidden: Shape = (),
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.in_shape = as_shape(in_shape, "in_shape")
+        self.out_shape = as_shape(out_shape, "out_shape")
+        *parameters, c, h, w = (*self.out_shape,) if len(self.out_shape) >= 3 else (0, 0, 0)
+        if len(self.out_shape) < 3:
+            _image_shape(out_shape, "out_shape")
+        image = (numel(tuple(parameters)) * c, h, w)
+        sizes = _sizes(image, as_shape(channels, "channels")[::-1])[::-1]
+        self.dense = MLP(in_shape, sizes[0], hidden, activation)
+        layers: list[nn.Module] = []
+        for (c_in, h_in, w_in), (c_out, h_out, w_out) in zip(sizes[:-1], sizes[1:], strict=True):
+            padding = (h_out - 2 * h_in + 1, w_out - 2 * w_in + 1)
+            layers += [
+                _activation(activation),
+                _glorot(nn.ConvTranspose2d(c_in, c_out, 3, 2, padding=1, output_padding=padding)),
+            ]
+        self.convolutions = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map (..., *in_shape) to (..., *out_shape)."""
+        features = self.dense(z)
+        batch = features.shape[:-3]
+        image = self.convolutions(features.reshape(-1, *features.shape[-3:]))
+        return image.reshape(*batch, *self.out_shape)
+
+    @torch.no_grad()
+    def set_bias(self, value: Tensor) -> None:
+        """Set the bias of the last layer to the mean of ``value`` over height and width."""
+        bias = self.convolutions[-1].bias
+        assert isinstance(bias, Tensor)
+        bias.copy_(value.flatten(-2).mean(-1).reshape(-1))
+
+
+def network_to_code(
+    x_shape: tuple[int, ...],
+    out_shape: tuple[int, ...],
+    hidden: Shape,
+    channels: Shape,
+    activation: str,
+) -> Part:
+    """Return the network of an encoder: convolutional where ``channels`` are given."""
+    if as_widths(channels, "channels"):
+        return ConvNet(x_shape, out_shape, channels, hidden, activation)
+    return MLP(x_shape, out_shape, hidden, activation)
+
+
+def network_from_code(
+    z_dim: int,
+    out_shape: tuple[int, ...],
+    hidden: Shape,
+    channels: Shape,
+    activation: str,
+) -> Part:
+    """Return the network of a decoder: the encoder's widths and channels in reverse order."""
+    widths, channels = as_widths(hidden, "hidden")[::-1], as_widths(channels, "channels")[::-1]
+    if channels:
+        return DeconvNet(z_dim, out_shape, channels, widths, activation)
+    return MLP(z_dim, out_shape, widths, activation)
+
+
+def _activation(name: str) -> nn.Module:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]()
+
+
+def _glorot(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
+    nn.init.xavier_uniform_(layer.weight)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _flatten(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x.flatten(-len(shape)) if len(shape) > 1 else x
+
+
+def _image_shape(value: Shape, argument: str) -> tuple[int, int, int]:
+    shape = as_shape(value, argument)
+    if len(shape) != 3:
+        raise ValueError(
+            f"{argument} of a convolutional network must be (channels, height, width), got "
+            f"{value!r}; leave channels=() for a perceptron on vectors"
+        )
+    return shape
+
+
+def _sizes(image: tuple[int, int, int], channels: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    sizes = [image]
+    for c in channels:
+        _, h, w = sizes[-1]
+        sizes.append((c, -(-h // 2), -(-w // 2)))
+    return sizes

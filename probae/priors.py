@@ -1,0 +1,242 @@
+"""Priors p(z): modules whose ``forward()`` returns a distribution with event shape (z_dim,)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from .distributions import Flow
+from .part import Part, Shape, as_shape, require_positive
+
+if TYPE_CHECKING:
+    from torch.distributions import Distribution
+
+
+class StandardNormalPrior(Part):
+    r"""Standard normal prior, :math:`p(z) = N(z; 0, I)`.
+
+    Args:
+        z_dim: number of latent dimensions.
+
+    Example:
+        >>> StandardNormalPrior(3)().event_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, z_dim: int) -> None:
+        super().__init__()
+        (z_dim,) = as_shape(z_dim, "z_dim")
+        self.register_buffer("loc", torch.zeros(z_dim), persistent=False)
+        self.register_buffer("scale", torch.ones(z_dim), persistent=False)
+
+    def forward(self) -> Distribution:
+        """Return p(z), event shape (z_dim,)."""
+        return dist.Normal(self.loc, self.scale).to_event(1)
+
+
+class FlatPrior(StandardNormalPrior):
+    r"""Improper flat prior, :math:`p(z) \propto 1`: the prior of a plain autoencoder.
+
+    Its log-density is 0 everywhere, so it adds nothing to a loss and nothing can be sampled from
+    it: a pair with this prior is no generative model of x.
+
+    Args:
+        z_dim: number of latent dimensions.
+
+    Example:
+        >>> import torch
+        >>> FlatPrior(3)().log_prob(torch.randn(3))
+        tensor(0.)
+    """
+
+    def forward(self) -> Distribution:
+        """Return the masked density, event shape (z_dim,)."""
+        return super().forward().mask(False)
+
+
+class LaplacePrior(Part):
+    r"""Laplace prior, :math:`p(z) = \prod_i \frac{\lambda}{2} e^{-\lambda |z_i|}`.
+
+    Args:
+        z_dim: number of latent dimensions.
+        rate: λ > 0, the weight of the L1 penalty that -log p(z) is.
+
+    Raises:
+        ValueError: ``rate`` is not a finite number > 0.
+
+    Example:
+        >>> LaplacePrior(3, rate=2.0)().event_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, z_dim: int, rate: float = 1.0) -> None:
+        super().__init__()
+        (z_dim,) = as_shape(z_dim, "z_dim")
+        require_positive(rate, "rate")
+        self.register_buffer("loc", torch.zeros(z_dim), persistent=False)
+        self.register_buffer("scale", torch.full((z_dim,), 1.0 / rate), persistent=False)
+
+    def forward(self) -> Distribution:
+        """Return p(z), event shape (z_dim,)."""
+        return dist.Laplace(self.loc, self.scale).to_event(1)
+
+
+class GaussianMixturePrior(Part):
+    r"""Learned mixture of Gaussians, :math:`p(z) = \sum_c \pi_c N(z; \mu_c, diag\,\sigma_c^2)`.
+
+    Args:
+        z_dim: number of latent dimensions.
+        components: number of mixture components.
+
+    Reference:
+        Dilokthanakul et al., Deep unsupervised clustering with Gaussian mixture VAEs, 2016.
+
+    Example:
+        >>> GaussianMixturePrior(3, components=5)().event_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, z_dim: int, components: int = 10) -> None:
+        super().__init__()
+        (z_dim,) = as_shape(z_dim, "z_dim")
+        (components,) = as_shape(components, "components")
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.loc = nn.Parameter(torch.randn(components, z_dim))
+        self.log_scale = nn.Parameter(torch.zeros(components, z_dim))
+
+    def forward(self) -> Distribution:
+        """Return p(z), event shape (z_dim,)."""
+        components = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+
+
+class VampPrior(Part):
+    r"""Mixture of the encoder at learned pseudo-inputs, :math:`p(z) = \frac1C \sum_c q(z|u_c)`.
+
+    Args:
+        encoder: the encoder of the same pair; its parameters are shared, not copied.
+        x_shape: shape of one datum.
+        components: number C of pseudo-inputs; they start at U(0, 1) noise, or at random training
+            data after :meth:`Autoencoder.initialize`.
+
+    Reference:
+        Tomczak & Welling, VAE with a VampPrior, 2018.
+
+    Example:
+        >>> from probae import MLP, GaussianEncoder
+        >>> encoder = GaussianEncoder(MLP(8, (2, 3)))
+        >>> VampPrior(encoder, 8, components=5)().event_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, encoder: nn.Module, x_shape: Shape, components: int = 100) -> None:
+        super().__init__()
+        (components,) = as_shape(components, "components")
+        self.encoder = encoder
+        self.pseudo_inputs = nn.Parameter(torch.rand(components, *as_shape(x_shape, "x_shape")))
+        self.register_buffer("logits", torch.zeros(components), persistent=False)
+
+    def forward(self) -> Distribution:
+        """Return p(z), event shape (z_dim,)."""
+        components = self.encoder(self.pseudo_inputs)
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set the pseudo-inputs to training data drawn without replacement where there is enough.
+
+        Where there are fewer data than pseudo-inputs, data are repeated.
+        """
+        count = len(self.pseudo_inputs)
+        order = torch.cat([torch.randperm(len(x)) for _ in range(math.ceil(count / len(x)))])
+        self.pseudo_inputs.copy_(x[order[:count].to(x.device)])
+
+
+class FlowPrior(Part):
+    r"""Normalizing-flow prior, :math:`p(z) = N(f(z); 0, I)\,|\det \partial f / \partial z|`.
+
+    A neural spline flow from zuko (the extra ``probae[flows]``), through Pyro's own bridge.
+
+    Args:
+        z_dim: number of latent dimensions, at least 2.
+        transforms: number of autoregressive transformations.
+        hidden: widths of the networks inside each transformation.
+
+    Raises:
+        ImportError: zuko is not installed; the message names the extra.
+
+    Reference:
+        Durkan et al., Neural spline flows, 2019; Chen et al., Variational lossy autoencoder, 2017.
+
+    Example:
+        >>> FlowPrior(3, transforms=2, hidden=(16,))().event_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, z_dim: int, transforms: int = 3, hidden: Shape = (64, 64)) -> None:
+        super().__init__()
+        try:
+            import zuko
+        except ImportError as error:
+            raise ImportError("FlowPrior needs zuko: pip install 'probae[flows]'") from error
+        (z_dim,) = as_shape(z_dim, "z_dim")
+        (transforms,) = as_shape(transforms, "transforms")
+        self.flow = zuko.flows.NSF(
+            z_dim, transforms=transforms, hidden_features=as_shape(hidden, "hidden")
+        )
+
+    def forward(self) -> Distribution:
+        """Return p(z), event shape (z_dim,)."""
+        return Flow(self.flow())
+
+
+class BernoulliPrior(Part):
+    r"""Binary codes, :math:`p(z) = \prod_i \rho^{z_i} (1 - \rho)^{1 - z_i}`.
+
+    Args:
+        z_dim: number of bits.
+        probability: ρ in (0, 1).
+
+    Raises:
+        ValueError: ``probability`` is not strictly between 0 and 1.
+
+    Example:
+        >>> BernoulliPrior(3)().event_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, z_dim: int, probability: float = 0.5) -> None:
+        super().__init__()
+        (z_dim,) = as_shape(z_dim, "z_dim")
+        if not 0 < probability < 1:
+            raise ValueError(f"probability must be strictly in (0, 1), got {probability!r}")
+        self.register_buffer("probs", torch.full((z_dim,), probability), persistent=False)
+
+    def forward(self) -> Distribution:
+        """Return p(z), event shape (z_dim,)."""
+        return dist.Bernoulli(self.probs).to_event(1)
+
+
+class CategoricalPrior(Part):
+    r"""One learned discrete cause in one-hot code, :math:`p(z = e_c) = \pi_c`.
+
+    Args:
+        z_dim: number of categories.
+
+    Example:
+        >>> CategoricalPrior(3)().event_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, z_dim: int) -> None:
+        super().__init__()
+        (z_dim,) = as_shape(z_dim, "z_dim")
+        self.logits = nn.Parameter(torch.zeros(z_dim))
+
+    def forward(self) -> Distribution:
+        """Return p(z), event shape (z_dim,)."""
+        return dist.OneHotCategorical(logits=self.logits)

@@ -1,0 +1,417 @@
+"""Training a pair: ``fit``, stochastic variational inference with a torch optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.infer
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from .autoencoder import Autoencoder, Kind, frozen, local_parameters, seeded
+from .checks import check_support, chunks, likelihood_of
+from .datasets import as_tensor
+from .distributions import GreyBernoulli
+from .objectives import ELBO, PerDatumObjective, elbo_terms
+from .part import require_positive
+
+Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
+
+
+class Run(NamedTuple):
+    """What :func:`fit` did.
+
+    ``history`` maps each column to one value per epoch; losses and bounds are nats per datum:
+    ``epoch`` (from 1), ``loss`` (the objective on the training batches), ``val_loss`` (the
+    objective on the validation data at its final KL weight; without ``val``, absent), ``elbo``,
+    ``reconstruction``, ``kl`` and ``active_units`` (on ``monitored``, at KL weight 1, one sample of
+    z per datum), ``beta``, ``lr`` (at the epoch's end), ``seconds`` (since the start).
+    """
+
+    history: dict[str, list[float]]
+    best_epoch: int  # epoch (from 1) whose parameters the pair has now; 0: the starting values
+    stopped_early: bool
+    monitored: str  # "val" or "train": where elbo, reconstruction, kl, active_units were measured
+    objective: str
+    kl_method: dict[str, str]  # site -> "analytic" or "monte carlo", in the objective
+    kind: Kind
+    bound_on: str  # what the elbo column bounds, in words
+    seconds: float
+
+
+def fit(
+    pair: Autoencoder,
+    x: Tensor | Any,
+    val: Tensor | Any | None = None,
+    *,
+    epochs: int = 50,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    objective: pyro.infer.ELBO | None = None,
+    binarize: bool = False,
+    schedule: str | Schedule = "constant",
+    patience: int | None = None,
+    clip_norm: float | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    seed: int | None = 0,
+    progress: bool = True,
+) -> Run:
+    r"""Train a pair by stochastic variational inference.
+
+    .. math:: \max_{\theta, \phi} \frac1N \sum_n L(x_n; \theta, \phi)
+
+    with L the objective, by default the ELBO. The pair ends with the parameters of its best epoch
+    where ``val`` is given (lowest ``val_loss`` once a KL warm-up is over), else of its last. Pyro's
+    param store and torch's random stream are as they were.
+
+    Args:
+        pair: the pair to train; its parameters are changed in place.
+        x: training data (N, *x_shape): a tensor, array, ``.npy``/``.npz`` path, or torch Dataset.
+            A map-style Dataset is indexed anew at every presentation, so its augmentations live.
+        val: validation data of the same form.
+        epochs: passes over the data.
+        batch_size: data per step; the last, smaller batch of an epoch is used too.
+        lr: learning rate at the start.
+        objective: a :class:`pyro.infer.ELBO`, such as :class:`ELBO`, :class:`IWAE` or Pyro's own;
+            default ``ELBO()``.
+        binarize: draw x ~ Bernoulli(x) anew at every presentation (dynamic binarisation;
+            Salakhutdinov & Murray, 2008); validation data are binarised once.
+        schedule: ``"constant"``, ``"cosine"`` (to 0 over all steps), or a function of the optimizer
+            that returns a torch scheduler, which is stepped after every batch.
+        patience: stop after that many epochs without a lower ``val_loss``; never before a KL
+            warm-up ends. Needs ``val``.
+        clip_norm: clip the gradient to that norm.
+        optimizer: called with the parameters and ``lr``.
+        seed: of initial shuffling, noise and binarisation; None draws from the global stream.
+        progress: show a progress bar.
+
+    Returns:
+        Run: history and facts of the run.
+
+    Raises:
+        ValueError: data of the wrong shape, dtype or support, empty, or not finite; an argument
+            out of range; ``patience`` without ``val``; an objective that the pair does not allow.
+        FloatingPointError: the loss became NaN or infinite. The message names the site, and the
+            pair has the parameters of the last good epoch.
+
+    Example:
+        >>> import torch, probae
+        >>> x = torch.rand(256, 8).round()
+        >>> run = probae.fit(probae.VAE(8, 2), x, epochs=2, progress=False)
+        >>> len(run.history["elbo"])
+        2
+    """
+    _check_arguments(epochs, batch_size, lr, patience, clip_norm, val)
+    objective = ELBO() if objective is None else objective
+    if not isinstance(objective, pyro.infer.ELBO):
+        raise ValueError(f"objective must be a pyro.infer.ELBO, got {type(objective).__name__}")
+    warmup = getattr(objective, "warmup_epochs", 0.0)
+    data = _Data(pair, x, "x", binarize)
+    devices = {pair.device}
+    with contextlib.ExitStack() as stack:
+        if seed is not None:
+            stack.enter_context(seeded(seed, devices))
+        held_out = None if val is None else _held_out(pair, val, "val", binarize)
+        monitor = held_out if held_out is not None else _held_out(pair, data, "x", binarize, 1000)
+        stack.enter_context(local_parameters())
+        steps_per_epoch = math.ceil(len(data) / batch_size)
+        parameters = [p for p in pair.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("pair has no parameters that require gradients: nothing to train")
+        optim = optimizer(parameters, lr=lr)
+        scheduler = _scheduler(schedule, optim, epochs * steps_per_epoch)
+        best = _Best(pair)
+        columns = _columns(held_out is not None)
+        history: dict[str, list[float]] = {name: [] for name in columns}
+        stopped_early = False
+        start = time.perf_counter()
+        bar = stack.enter_context(
+            tqdm(total=epochs * steps_per_epoch, disable=not progress, unit="step")
+        )
+        for epoch in range(1, epochs + 1):
+            losses = []
+            order = torch.randperm(len(data))
+            for step, index in enumerate(order.split(batch_size)):
+                if isinstance(objective, PerDatumObjective):
+                    objective.epoch = epoch - 1 + step / steps_per_epoch
+                batch = data.batch(index)
+                random_state = torch.get_rng_state()
+                # the first step runs under Pyro's own checks, the others without their cost
+                with pyro.validation_enabled(epoch == 1 and step == 0):
+                    loss = objective.differentiable_loss(pair.model, pair.guide, batch) / len(batch)
+                losses.append(float(loss.detach()) * len(batch))
+                if not math.isfinite(losses[-1]):
+                    torch.set_rng_state(random_state)
+                    reason = _diagnose(pair, batch)
+                    best.restore_last()
+                    raise FloatingPointError(
+                        f"loss became {losses[-1] / len(batch)} at epoch {epoch}, step {step + 1}: "
+                        f"{reason}. The pair has its parameters of epoch {best.last_epoch} again; "
+                        "lower lr, set clip_norm, or raise the floor of the scale"
+                    )
+                optim.zero_grad(set_to_none=True)
+                loss.backward()
+                if clip_norm is not None:
+                    nn.utils.clip_grad_norm_(parameters, clip_norm)
+                optim.step()
+                if scheduler is not None:
+                    scheduler.step()
+                bar.update()
+            if isinstance(objective, PerDatumObjective):
+                objective.epoch = float(epoch)
+            row = {
+                "epoch": epoch,
+                "loss": sum(losses) / len(data),
+                **_measure(pair, monitor),
+                "beta": getattr(objective, "beta", 1.0),
+                "lr": optim.param_groups[0]["lr"],
+                "seconds": time.perf_counter() - start,
+            }
+            if held_out is not None:
+                row["val_loss"] = _objective_loss(pair, objective, held_out)
+            for name in columns:
+                history[name].append(float(row[name]))
+            bar.set_postfix_str(_progress_text(row))
+            bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+            best.update(epoch, row.get("val_loss"), counts=epoch >= warmup)
+            if patience is not None and best.epochs_without_gain(epoch, warmup) >= patience:
+                stopped_early = True
+                break
+        if isinstance(objective, PerDatumObjective):
+            objective.epoch = math.inf
+        best.restore()
+    return Run(
+        history=history,
+        best_epoch=best.epoch,
+        stopped_early=stopped_early,
+        monitored="train" if held_out is None else "val",
+        objective=type(objective).__name__,
+        kl_method=dict(getattr(objective, "kl_method", {})),
+        kind=pair.kind,
+        bound_on=_bound_on(pair, monitor),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def active_units(pair: Autoencoder, x: Tensor, threshold: float = 0.01) -> int:
+    r"""Number of latent dimensions that vary with x: :math:`Var_x\,E_{q(z|x)}[z_i] > threshold`.
+
+    Raises:
+        ValueError: ``x`` has the wrong shape or dtype.
+
+    Reference:
+        Burda, Grosse & Salakhutdinov, Importance weighted autoencoders, 2016.
+
+    Example:
+        >>> import torch, probae
+        >>> probae.active_units(probae.VAE(8, 2), torch.rand(64, 8)) <= 2
+        True
+    """
+    pair.check_input(x)
+    with frozen(pair, seed=0):
+        return _active_units(pair, x.to(pair.device, pair.dtype), threshold)
+
+
+class _Data:
+    """Training data that are indexed by batch: a tensor in memory, or a map-style Dataset."""
+
+    def __init__(self, pair: Autoencoder, x: Any, argument: str, binarize: bool) -> None:
+        self.pair, self.binarize, self.argument = pair, binarize, argument
+        self.dataset: Dataset[Any] | None = x if _is_map_style(x) else None
+        if self.dataset is not None:
+            self.size = len(x)
+            if self.size == 0:
+                raise ValueError(f"{argument} is empty: expected at least one datum")
+            self._check(self._items(torch.arange(min(self.size, 2))))
+        else:
+            self.tensor = _to_pair(pair, as_tensor(x, argument))
+            self.size = len(self.tensor)
+            self._check(self.tensor)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def batch(self, index: Tensor) -> Tensor:
+        x = self.tensor[index] if self.dataset is None else self._items(index)
+        if self.dataset is not None:
+            self._check(x)
+        return torch.bernoulli(x) if self.binarize else x
+
+    def _items(self, index: Tensor) -> Tensor:
+        dataset = self.dataset
+        assert dataset is not None
+        items = [dataset[i] for i in index.tolist()]
+        tensors = [item[0] if isinstance(item, tuple | list) else item for item in items]
+        stacked = torch.stack([torch.as_tensor(t) for t in tensors])
+        return _to_pair(self.pair, as_tensor(stacked, self.argument))
+
+    def _check(self, x: Tensor) -> None:
+        check_support(self.pair, x, self.argument, binarize=self.binarize, strict=False)
+
+
+class _Best:
+    """The parameters of the best and of the last finite epoch."""
+
+    def __init__(self, pair: Autoencoder) -> None:
+        self.pair = pair
+        self.epoch = self.last_epoch = 0
+        self.val_loss = math.inf
+        self.last = self.state = self._copy()
+
+    def update(self, epoch: int, val_loss: float | None, counts: bool) -> None:
+        """Take note of an epoch; ``counts`` is False while a KL warm-up goes on."""
+        self.last, self.last_epoch = self._copy(), epoch
+        if val_loss is None or not counts or val_loss < self.val_loss:
+            self.state, self.epoch = self.last, epoch
+            self.val_loss = math.inf if val_loss is None or not counts else val_loss
+
+    def epochs_without_gain(self, epoch: int, warmup: float) -> float:
+        """Number of epochs since the best one, counted from the end of a warm-up at the latest."""
+        return epoch - max(self.epoch, math.ceil(warmup))
+
+    def restore(self) -> None:
+        self.pair.load_state_dict(self.state)
+
+    def restore_last(self) -> None:
+        self.pair.load_state_dict(self.last)
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.pair.state_dict().items()}
+
+
+def _check_arguments(
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    patience: int | None,
+    clip_norm: float | None,
+    val: Any,
+) -> None:
+    for argument, count in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
+        if argument == "patience" and count is None:
+            continue
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{argument} must be an int >= 1, got {count!r}")
+    require_positive(lr, "lr")
+    if clip_norm is not None:
+        require_positive(clip_norm, "clip_norm")
+    if patience is not None and val is None:
+        raise ValueError("patience needs validation data: pass val, or leave patience=None")
+
+
+def _scheduler(
+    schedule: str | Schedule, optim: torch.optim.Optimizer, steps: int
+) -> LRScheduler | None:
+    if callable(schedule):
+        return schedule(optim)
+    if schedule == "constant":
+        return None
+    if schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optim, T_max=steps)
+    raise ValueError(
+        f"schedule must be 'constant', 'cosine' or a function of the optimizer, got {schedule!r}"
+    )
+
+
+def _held_out(
+    pair: Autoencoder, x: Any, argument: str, binarize: bool, limit: int | None = None
+) -> Tensor:
+    """Return data to measure on: checked, on the pair's device, binarised once."""
+    data = x if isinstance(x, _Data) else _Data(pair, x, argument, binarize)
+    size = len(data) if limit is None else min(limit, len(data))
+    return data.batch(torch.arange(size))
+
+
+def _measure(pair: Autoencoder, x: Tensor, rows: int = 1000) -> dict[str, float]:
+    """Mean ELBO, reconstruction and KL in nats per datum, with the same noise at each call."""
+    totals = {"reconstruction": 0.0, "kl": 0.0}
+    with frozen(pair, seed=0):
+        for chunk, _ in chunks(x, rows):
+            terms = elbo_terms(pair.model, pair.guide, chunk)
+            totals["reconstruction"] += float(terms.log_likelihood.sum())
+            totals["kl"] += float(terms.kl.sum())
+        means = {name: total / len(x) for name, total in totals.items()}
+        active = _active_units(pair, x[:1000], 0.01)
+    return {**means, "elbo": means["reconstruction"] - means["kl"], "active_units": active}
+
+
+def _active_units(pair: Autoencoder, x: Tensor, threshold: float) -> int:
+    code = pair.encoder(x).mean  # (N, z_dim)
+    return int((code.var(0, correction=0) > threshold).sum())
+
+
+def _objective_loss(pair: Autoencoder, objective: pyro.infer.ELBO, x: Tensor) -> float:
+    """Mean of the objective on held-out data at its final KL weight, same noise at each call."""
+    epoch, total = getattr(objective, "epoch", None), 0.0
+    rows = max(50, 1000 // objective.num_particles)
+    if isinstance(objective, PerDatumObjective):
+        objective.epoch = math.inf
+    with frozen(pair, seed=0):
+        for chunk, _ in chunks(x, rows):
+            total += float(objective.differentiable_loss(pair.model, pair.guide, chunk))
+    if isinstance(objective, PerDatumObjective) and epoch is not None:
+        objective.epoch = epoch
+    return total / len(x)
+
+
+def _diagnose(pair: Autoencoder, x: Tensor) -> str:
+    """Name the parameter or site where a loss stopped being finite."""
+    for name, parameter in pair.named_parameters():
+        if not parameter.isfinite().all():
+            return f"parameter {name} is not finite{_site_of(pair, name)}"
+    with torch.no_grad(), pyro.validation_enabled(False):
+        guide = poutine.trace(pair.guide).get_trace(x)
+        model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(x)
+    for program, trace in (("guide", guide), ("model", model)):
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample" or name == "data":
+                continue
+            value, log_prob = site["value"], site["fn"].log_prob(site["value"])
+            if not value.isfinite().all():
+                return f"site {name!r} of the {program} drew a value that is not finite"
+            if not torch.as_tensor(log_prob).isfinite().all():
+                return f"site {name!r} of the {program} has a log-probability that is not finite"
+    return "no single site is at fault on a second look; the objective itself overflowed"
+
+
+def _site_of(pair: Autoencoder, parameter: str) -> str:
+    """Name the site whose distribution a parameter belongs to."""
+    sites = {"prior": "z", "encoder": "z", "decoder": "x", "corruption": "x_tilde"}
+    part = parameter.split(".")[0]
+    return f" (it belongs to the {part}, site {sites[part]!r})" if part in sites else ""
+
+
+def _bound_on(pair: Autoencoder, x: Tensor) -> str:
+    if not pair.kind.is_lower_bound:
+        return f"nothing: {pair.kind.statement}"
+    if isinstance(likelihood_of(pair), GreyBernoulli) and not ((x == 0) | (x == 1)).all():
+        return "the expected log-likelihood of x's stochastic binarisation (x is grey)"
+    return "log p(x)"
+
+
+def _columns(with_val: bool) -> list[str]:
+    measured = ["elbo", "reconstruction", "kl", "active_units"]
+    val = ["val_loss"] if with_val else []
+    return ["epoch", "loss", *val, *measured, "beta", "lr", "seconds"]
+
+
+def _progress_text(row: dict[str, float]) -> str:
+    text = f"loss {row['loss']:.2f}, elbo {row['elbo']:.2f} nats"
+    return text + (f", val loss {row['val_loss']:.2f}" if "val_loss" in row else "")
+
+
+def _is_map_style(x: Any) -> bool:
+    return isinstance(x, Dataset) and hasattr(x, "__getitem__") and hasattr(x, "__len__")
+
+
+def _to_pair(pair: Autoencoder, x: Tensor) -> Tensor:
+    return x.to(pair.device, pair.dtype)
