@@ -202,7 +202,7 @@ class Autoencoder(Part, PyroModule):
         if _LOCAL.get():
             return
         store = pyro.get_param_store()
-        for name, parameter in self.named_parameters(prefix=self._pyro_name):
+        for name, parameter in self.named_parameters(prefix=str(self._pyro_name)):
             if not parameter.requires_grad:
                 continue
             # a stale tensor (of a replaced part, or of the original of a copy) would be trained

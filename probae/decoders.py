@@ -42,8 +42,9 @@ class Decoder(Part):
 
         Does nothing where the network has no ``set_bias``.
         """
-        if hasattr(self.network, "set_bias"):
-            self.network.set_bias(self.bias_for(x))
+        set_bias = getattr(self.network, "set_bias", None)
+        if callable(set_bias):
+            set_bias(self.bias_for(x))
 
     def bias_for(self, x: Tensor) -> Tensor:
         """Return the network output that fits data ``x`` (N, *x_shape) when z says nothing."""
@@ -77,7 +78,7 @@ class BernoulliDecoder(Decoder):
 
 
 class ContinuousBernoulliDecoder(Decoder):
-    r"""Continuous Bernoulli decoder: a normalised density on [0, 1], :math:`\propto \pi^x(1-\pi)^{1-x}`.
+    r"""Decoder with a density on [0, 1], :math:`p(x_i|z) \propto \pi_i^x (1-\pi_i)^{1-x}`.
 
     Args:
         network: maps (..., z_dim) to the logits, (..., *x_shape).

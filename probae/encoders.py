@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from .networks import MLP
 from .part import Part, require_positive
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ class LinearGaussianPosterior(Part):
 
     def __init__(self, decoder: GaussianDecoder) -> None:
         super().__init__()
-        if decoder.affine() is None:
+        affine = decoder.affine()
+        if affine is None or not isinstance(decoder.network, MLP):
             raise ValueError(
                 "decoder must be a GaussianDecoder with a fixed or learned scale on an affine "
                 "network (hidden=()); for any other decoder use GaussianEncoder"

@@ -6,6 +6,8 @@ of leading batch dimensions, so that it works inside any nesting of Pyro plates.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +59,7 @@ class MLP(Part):
         self.out_shape = as_shape(out_shape, "out_shape")
         widths = [numel(self.in_shape), *as_widths(hidden, "hidden"), numel(self.out_shape)]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths[:-2], widths[1:-1], strict=True):
+        for width_in, width_out in pairwise(widths[:-1]):
             layers += [_glorot(nn.Linear(width_in, width_out)), _activation(activation)]
         self.layers = nn.Sequential(*layers, _glorot(nn.Linear(widths[-2], widths[-1])))
 
@@ -116,7 +118,7 @@ class ConvNet(Part):
         self.in_shape = _image_shape(in_shape, "in_shape")
         sizes = _sizes(self.in_shape, as_shape(channels, "channels"))
         layers: list[nn.Module] = []
-        for (c_in, _, _), (c_out, _, _) in zip(sizes[:-1], sizes[1:], strict=True):
+        for (c_in, _, _), (c_out, _, _) in pairwise(sizes):
             convolution = nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1)
             layers += [_glorot(convolution), _activation(activation)]
         self.convolutions = nn.Sequential(*layers)
@@ -170,7 +172,7 @@ class DeconvNet(Part):
         sizes = _sizes(image, as_shape(channels, "channels")[::-1])[::-1]
         self.dense = MLP(in_shape, sizes[0], hidden, activation)
         layers: list[nn.Module] = []
-        for (c_in, h_in, w_in), (c_out, h_out, w_out) in zip(sizes[:-1], sizes[1:], strict=True):
+        for (c_in, h_in, w_in), (c_out, h_out, w_out) in pairwise(sizes):
             padding = (h_out - 2 * h_in + 1, w_out - 2 * w_in + 1)
             layers += [
                 _activation(activation),

@@ -23,6 +23,7 @@ class Part(nn.Module):
     _arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Part:
+        """Remember the arguments of the constructor."""
         self = super().__new__(cls)
         try:
             bound = inspect.signature(cls).bind(*args, **kwargs)

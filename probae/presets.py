@@ -117,7 +117,7 @@ class PPCA(Autoencoder):
 
 
 class UndercompleteAutoencoder(Autoencoder):
-    r"""The plain autoencoder, whose code is smaller than x: :math:`z = f(x)`, :math:`x \sim p(x|g(z))`.
+    r"""The plain autoencoder with a code smaller than x: :math:`z = f(x),\; x \sim p(x|g(z))`.
 
     Its loss is -log p(x|g(f(x))): for a Gaussian likelihood with σ² = 1/2 the squared error plus
     (D/2) log π nats per datum. With the flat prior it says nothing about p(x) (kind

@@ -47,6 +47,13 @@ class Run(NamedTuple):
     bound_on: str  # what the elbo column bounds, in words
     seconds: float
 
+    def __repr__(self) -> str:
+        last = {name: round(values[-1], 4) for name, values in self.history.items()}
+        return (
+            f"Run({self.objective} on a pair of kind {self.kind.value}, best epoch "
+            f"{self.best_epoch}, {self.seconds:.1f} s; last epoch: {last})"
+        )
+
 
 def fit(
     pair: Autoencoder,
