@@ -20,7 +20,8 @@ def pareto_khat(tail: Tensor, num_samples: int) -> Tensor:
         num_samples: number K of weights that they are the largest of.
 
     Returns:
-        Pareto k of each datum, (N,); NaN where K < 25, too few for a tail.
+        Pareto k of each datum, (N,); NaN where K < 25, too few for a tail; 0 where the weights are
+        equal, so that there is no tail.
 
     Reference:
         Vehtari et al., Pareto smoothed importance sampling, 2024.
@@ -34,6 +35,9 @@ def pareto_khat(tail: Tensor, num_samples: int) -> Tensor:
     kept = tail.detach().double().cpu().numpy().T  # (N, M + 1)
     khat = np.empty(len(kept))
     for n, largest in enumerate(kept):
+        if np.ptp(largest) < 1e-10:
+            khat[n] = 0.0
+            continue
         weights = np.full(num_samples, largest.min())
         weights[: len(largest)] = largest
         khat[n] = _psis(weights)

@@ -12,9 +12,10 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.nn import PyroModule, pyro_method
+from pyro.nn import PyroModule
 from torch import Size, Tensor, nn
 
+from .datasets import as_tensor
 from .distributions import is_discrete, is_flat, is_point
 from .part import Part
 
@@ -125,7 +126,6 @@ class Autoencoder(Part, PyroModule):
         self.z_shape = tuple(dry["prior"].event_shape)
         self.x_shape = tuple(dry["decoder"].event_shape)
 
-    @pyro_method
     def model(self, x: Tensor) -> Tensor:
         """Pyro program p(z) p(x|z) with ``x`` of shape (N, *x_shape) observed; returns z."""
         self._enter(x)
@@ -136,7 +136,6 @@ class Autoencoder(Part, PyroModule):
                 pyro.sample("x_tilde", self.corruption(x))
         return z
 
-    @pyro_method
     def guide(self, x: Tensor) -> Tensor:
         """Pyro program q(z|x), or C(x_tilde|x) q(z|x_tilde) under a corruption; returns z."""
         self._enter(x)
@@ -173,9 +172,9 @@ class Autoencoder(Part, PyroModule):
         VampPrior to data. Call it before training, on training data of shape (N, *x_shape).
 
         Raises:
-            ValueError: ``x`` has the wrong shape or dtype.
+            ValueError: ``x`` has the wrong shape or dtype, is empty, or is not finite.
         """
-        self.check_input(x)
+        x = self.check_input(as_tensor(x, "x")).to(self.device, self.dtype)
         for part in (self.prior, self.encoder, self.decoder, self.corruption):
             if isinstance(part, Part):
                 part.initialize(x)
@@ -199,6 +198,13 @@ class Autoencoder(Part, PyroModule):
     def _enter(self, x: Tensor) -> None:
         """Check the input, and tell Pyro about every parameter of this very instance."""
         self.check_input(x)
+        if x.dtype != self.dtype:
+            raise ValueError(
+                f"x must have the dtype of the pair, {self.dtype}, got {x.dtype}; convert with "
+                f"x.to({self.dtype}), or the pair with pair.to({x.dtype})"
+            )
+        if len(x) == 0:
+            raise ValueError("x is empty: expected at least one datum")
         if _LOCAL.get():
             return
         store = pyro.get_param_store()
@@ -210,6 +216,12 @@ class Autoencoder(Part, PyroModule):
             if name in store and store[name].unconstrained() is not parameter:
                 del store[name]
             pyro.param(name, parameter)
+
+    def __getattr__(self, name: str) -> Any:
+        # PyroModule would register a plain part once more, under a name that still holds the
+        # tensors of the original in a copy of a pair, which SVI would then move
+        part = self.__dict__.get("_modules", {}).get(name)
+        return super().__getattr__(name) if part is None or isinstance(part, PyroModule) else part
 
     def _any_tensor(self) -> Tensor:
         for tensor in itertools.chain(self.parameters(), self.buffers()):
@@ -235,11 +247,19 @@ class Autoencoder(Part, PyroModule):
             with _naming("encoder", f"x of shape {tuple(x.shape)}, which the decoder makes"):
                 encoder = self.encoder(x_tilde)
             _expect("encoder(x)", encoder, Size((2,)), prior.event_shape)
+            codes = encoder.sample(Size((16,)))
+            outside = codes.isfinite().all() and not prior.support.check(codes).all()
         if not is_point(encoder) and is_discrete(encoder) != is_discrete(prior):
             kinds = ["discrete" if is_discrete(d) else "continuous" for d in (encoder, prior)]
             raise ValueError(
                 f"encoder is {kinds[0]} but prior is {kinds[1]}: their ratio is no density; pick "
                 "both discrete (BernoulliEncoder, BernoulliPrior) or both continuous"
+            )
+        if outside:
+            raise ValueError(
+                f"encoder makes codes outside the support of the prior ({prior.support}), where "
+                "its density is zero: give the two the same support, such as 0/1 codes for a "
+                "BernoulliPrior and one-hot codes for a CategoricalPrior"
             )
         return {"prior": prior, "decoder": decoder, "encoder": encoder}
 

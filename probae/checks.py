@@ -61,9 +61,19 @@ def _describe(support: Any) -> str:
 
 def _first_bad(x: Tensor, bad: Tensor, first_row: int = 0) -> str:
     position = bad.nonzero()[0].tolist()
-    value = float(x[tuple(position)])
+    value = x[tuple(position)]  # a vector where the support is one of vectors
+    text = f"{float(value):g}" if value.dim() == 0 else str(value.tolist())
     position[0] += first_row
-    return f"{int(bad.sum())} values outside, the first {value:g} at index {tuple(position)}"
+    return f"{int(bad.sum())} values outside, the first {text} at index {tuple(position)}"
+
+
+def require_pair(pair: Any) -> None:
+    """Raise a ValueError unless ``pair`` is an :class:`Autoencoder`."""
+    if not isinstance(pair, Autoencoder):
+        raise ValueError(
+            f"pair must be a probae.Autoencoder, got {type(pair).__name__}; compose one with "
+            "probae.Autoencoder(prior, encoder, decoder)"
+        )
 
 
 def likelihood_of(pair: Autoencoder) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
 
-from .part import Part, require_positive
+from .part import Part, require_positive, require_probability
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,9 +57,7 @@ class BitFlip(Part):
 
     def __init__(self, probability: float) -> None:
         super().__init__()
-        if not 0 < probability < 1:
-            raise ValueError(f"probability must be strictly in (0, 1), got {probability!r}")
-        self.probability = probability
+        self.probability = require_probability(probability, "probability")
 
     def forward(self, x: Tensor) -> Distribution:
         """Return C(x_tilde|x), batch shape (N,), event shape x_shape."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .distributions import DiscretizedLogistic, GreyBernoulli
-from .networks import MLP
-from .part import Part, require_positive
+from .networks import MLP, DeconvNet
+from .part import Part, require_count, require_positive
 
 if TYPE_CHECKING:
     from torch.distributions import Distribution
@@ -38,11 +38,13 @@ class Decoder(Part):
         return x_shape if cls.num_parameters == 1 else (cls.num_parameters, *x_shape)
 
     def initialize(self, x: Tensor) -> None:
-        """Set the output bias so that the decoder starts at the mean of ``x`` for every z.
+        """Set the output bias to what fits ``x`` best where the network's weights add nothing.
 
         Does nothing where the network has no ``set_bias``.
         """
         set_bias = getattr(self.network, "set_bias", None)
+        if isinstance(self.network, DeconvNet) and x.dim() == 4:
+            x = x.movedim(1, -1).reshape(-1, x.shape[1], 1, 1)  # one bias for all pixels of a channel
         if callable(set_bias):
             set_bias(self.bias_for(x))
 
@@ -99,8 +101,17 @@ class ContinuousBernoulliDecoder(Decoder):
         return dist.ContinuousBernoulli(logits=logits).to_event(_event_dim(logits, z))
 
     def bias_for(self, x: Tensor) -> Tensor:
-        """Return logits of the pixel means, these clipped to [0.001, 0.999]."""
-        return torch.logit(x.mean(0).clamp(1e-3, 1 - 1e-3))
+        """Return logits whose mean is the pixel mean, found by bisection within [-15, 15].
+
+        Beyond, torch's normaliser is clipped in float32; the means there are 0.067 and 0.933.
+        """
+        mean = x.mean(0)
+        low, high = torch.full_like(mean, -15.0), torch.full_like(mean, 15.0)
+        for _ in range(50):
+            middle = (low + high) / 2
+            below = dist.ContinuousBernoulli(logits=middle).mean < mean
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return middle
 
 
 class GaussianDecoder(Decoder):
@@ -146,27 +157,24 @@ class GaussianDecoder(Decoder):
             raw = torch.tensor(_inverse_softplus(scale - scale_min))
             self.raw_scale = nn.Parameter(raw)
         else:
-            self.register_buffer("fixed_scale", torch.tensor(float(scale)))
+            self.fixed_scale = float(scale)  # a buffer would be rounded to float32
 
     @property
     def scale(self) -> Tensor:
         """The standard deviation σ, a scalar tensor."""
         if self.learn_scale:
             return self.scale_min + softplus(self.raw_scale)
-        scale = self.fixed_scale
-        assert isinstance(scale, Tensor)
-        return scale
+        like = next(self.network.parameters())
+        return torch.full((), self.fixed_scale, dtype=like.dtype, device=like.device)
 
     @torch.no_grad()
     def set_scale(self, value: float) -> None:
-        """Set σ; raise a ValueError where a learned one would lie at or below its floor."""
-        require_positive(value, "value")
+        """Set a learned σ; raise a ValueError where it is fixed or ``value`` is not above its floor."""
         if not self.learn_scale:
-            self.scale.fill_(value)
-        elif value <= self.scale_min:
+            raise ValueError("scale is fixed: build the decoder with learn_scale=True, or scale=σ")
+        if require_positive(value, "value") <= self.scale_min:
             raise ValueError(f"value must exceed scale_min={self.scale_min}, got {value}")
-        else:
-            self.raw_scale.fill_(_inverse_softplus(value - self.scale_min))
+        self.raw_scale.fill_(_inverse_softplus(value - self.scale_min))
 
     def forward(self, z: Tensor) -> Distribution:
         """Return p(x|z), batch shape (...), event shape x_shape."""
@@ -216,8 +224,8 @@ class HeteroscedasticGaussianDecoder(Decoder):
 
     def bias_for(self, x: Tensor) -> Tensor:
         """Return mean and pre-softplus scale of the data."""
-        scale = (x.std(0) - self.scale_min).clamp(min=0.01)
-        return torch.stack([x.mean(0), torch.log(torch.expm1(scale))])
+        scale = (x.std(0, correction=0) - self.scale_min).clamp(min=0.01)
+        return torch.stack([x.mean(0), _inverse_softplus_of(scale)])
 
 
 class CategoricalDecoder(Decoder):
@@ -243,17 +251,19 @@ class CategoricalDecoder(Decoder):
     @classmethod
     def output_shape(cls, x_shape: tuple[int, ...], num_classes: int = 2) -> tuple[int, ...]:
         """Return the shape of the network's output: (num_classes, *x_shape)."""
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-        return (num_classes, *x_shape)
+        return (require_count(num_classes, "num_classes", least=2), *x_shape)
 
     def initialize(self, x: Tensor) -> None:
-        """Set the output bias to the log-frequencies of the classes at each position of ``x``."""
-        if isinstance(self.network, MLP):
-            classes = torch.arange(self.network.out_shape[0], dtype=x.dtype, device=x.device)
-            hits = x.unsqueeze(1) == classes.reshape(-1, *[1] * (x.dim() - 1))  # (N, C, *x_shape)
-            frequencies = (hits.sum(0) + 0.5) / (len(x) + 0.5 * len(classes))
-            self.network.set_bias(frequencies.log().to(x.dtype))
+        """Set the output bias to log-frequencies where the network says how many classes."""
+        if isinstance(self.network, MLP | DeconvNet):
+            super().initialize(x)
+
+    def bias_for(self, x: Tensor) -> Tensor:
+        """Return the log-frequencies of the classes at each position, with half a datum added."""
+        assert isinstance(self.network, MLP | DeconvNet)
+        num_classes = self.network.out_shape[0]
+        counts = torch.stack([(x == c).sum(0) for c in range(num_classes)])  # (C, *x_shape)
+        return torch.log((counts.to(x.dtype) + 0.5) / (len(x) + 0.5 * num_classes))
 
 
 class DiscretizedLogisticDecoder(Decoder):
@@ -279,9 +289,7 @@ class DiscretizedLogisticDecoder(Decoder):
 
     def __init__(self, network: nn.Module, levels: int = 256, scale_min: float = 1e-4) -> None:
         super().__init__(network)
-        if levels < 2:
-            raise ValueError(f"levels must be at least 2, got {levels}")
-        self.levels = levels
+        self.levels = require_count(levels, "levels", least=2)
         self.scale_min = require_positive(scale_min, "scale_min")
 
     def forward(self, z: Tensor) -> Distribution:
@@ -292,8 +300,8 @@ class DiscretizedLogisticDecoder(Decoder):
 
     def bias_for(self, x: Tensor) -> Tensor:
         """Return mean and pre-softplus scale of the data (variance of a logistic: π²s²/3)."""
-        scale = (x.std(0) * math.sqrt(3) / math.pi).clamp(min=0.01)
-        return torch.stack([x.mean(0), torch.log(torch.expm1(scale))])
+        scale = (x.std(0, correction=0) * math.sqrt(3) / math.pi).clamp(min=0.01)
+        return torch.stack([x.mean(0), _inverse_softplus_of(scale)])
 
 
 class PoissonDecoder(Decoder):
@@ -316,8 +324,7 @@ class PoissonDecoder(Decoder):
 
     def bias_for(self, x: Tensor) -> Tensor:
         """Return the pre-softplus mean counts, these at least 0.01."""
-        mean = x.mean(0).clamp(min=0.01)
-        return mean + torch.log(-torch.expm1(-mean))
+        return _inverse_softplus_of(x.mean(0).clamp(min=0.01))
 
 
 LIKELIHOODS: dict[str, type[Decoder]] = {
@@ -333,6 +340,10 @@ LIKELIHOODS: dict[str, type[Decoder]] = {
 
 def _event_dim(parameter: Tensor, z: Tensor) -> int:
     return parameter.dim() - z.dim() + 1
+
+
+def _inverse_softplus_of(value: Tensor) -> Tensor:
+    return value + torch.log(-torch.expm1(-value))
 
 
 def _inverse_softplus(value: float) -> float:

@@ -11,6 +11,8 @@ from pyro.distributions import constraints
 from torch import Size, Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from .part import require_count
+
 
 class GreyBernoulli(dist.Bernoulli):
     r"""Bernoulli whose log-probability is extended linearly to grey values in [0, 1].
@@ -69,10 +71,8 @@ class DiscretizedLogistic(dist.TorchDistribution):
     def __init__(
         self, loc: Tensor, scale: Tensor, levels: int = 256, validate_args: bool | None = None
     ) -> None:
-        if levels < 2:
-            raise ValueError(f"levels must be at least 2, got {levels}")
+        self.levels = require_count(levels, "levels", least=2)
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
-        self.levels = levels
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @property
@@ -82,10 +82,11 @@ class DiscretizedLogistic(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Mean over the levels, exact: Σ_k k P(k) / (levels-1)."""
-        grid = torch.arange(self.levels, dtype=self.loc.dtype, device=self.loc.device)
-        grid = (grid / (self.levels - 1)).reshape(-1, *[1] * self.loc.dim())
-        return (grid * self.log_prob(grid).exp()).sum(0)
+        """Mean over the levels, exact: Σ_{k≥1} P(X ≥ k/(levels-1)) / (levels-1)."""
+        total = torch.zeros_like(self.loc)
+        for k in range(1, self.levels):  # one at a time: 256 levels of a batch may not fit memory
+            total = total + torch.sigmoid((self.loc - (k - 0.5) / (self.levels - 1)) / self.scale)
+        return total / (self.levels - 1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log P(value), shape of ``value`` broadcast with the parameters."""

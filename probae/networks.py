@@ -58,6 +58,7 @@ class MLP(Part):
         self.in_shape = as_shape(in_shape, "in_shape")
         self.out_shape = as_shape(out_shape, "out_shape")
         widths = [numel(self.in_shape), *as_widths(hidden, "hidden"), numel(self.out_shape)]
+        _activation(activation)  # an unknown name is an error without a hidden layer, too
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths[:-1]):
             layers += [_glorot(nn.Linear(width_in, width_out)), _activation(activation)]
@@ -223,7 +224,7 @@ def network_from_code(
 
 
 def _activation(name: str) -> nn.Module:
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return ACTIVATIONS[name]()
 

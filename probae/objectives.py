@@ -14,6 +14,7 @@ import pyro
 import pyro.infer
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.distributions.util import detach, scale_and_mask
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.util import is_validation_enabled
@@ -340,6 +341,11 @@ def _sum_terms(traces: Traces, analytic: bool, detach_guide: bool, unscaled: boo
             divergences.append(_weigh(_log_prob(name, site, detach_guide), site, unscaled))
         if not site["fn"].has_rsample and not is_point(site["fn"]):
             log_q = _log_prob(name, site)
+            if log_q.requires_grad and isinstance(site["fn"], Unit):
+                raise ValueError(
+                    f"guide factor {name!r} has has_rsample=False, which would give it the score "
+                    "gradient of a random site; write it into the model, or has_rsample=True"
+                )
             if log_q.requires_grad:
                 scores.append(log_q)
         if not _in_plate(site, "data") and (name not in traces.model or scores):

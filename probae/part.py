@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from math import prod
+import math
+from collections.abc import Iterable, Sequence, Sized
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,30 +40,49 @@ class Part(nn.Module):
 
 def as_shape(value: Shape, argument: str) -> tuple[int, ...]:
     """Return ``value`` as a tuple of positive ints, or raise a ValueError naming ``argument``."""
-    shape = (value,) if isinstance(value, int) else tuple(value)
-    if not shape or not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
+    shape = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not shape or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in shape):
         raise ValueError(
             f"{argument} must be a positive int or a non-empty tuple of them, got {value!r}"
         )
     if min(shape) < 1:
         raise ValueError(f"{argument} must have positive entries only, got {value!r}")
-    return shape
+    return tuple(int(n) for n in shape)
 
 
 def as_widths(value: Shape, argument: str) -> tuple[int, ...]:
     """Return layer widths as a tuple of positive ints; the empty tuple means no hidden layer."""
-    if not isinstance(value, int) and len(value) == 0:
+    if isinstance(value, Sized) and len(value) == 0:
         return ()
     return as_shape(value, argument)
 
 
 def numel(shape: tuple[int, ...]) -> int:
     """Return the number of elements of a tensor of that shape."""
-    return prod(shape)
+    return math.prod(shape)
 
 
 def require_positive(value: float, argument: str) -> float:
     """Return ``value`` as a float if it is finite and > 0, or raise a ValueError."""
-    if isinstance(value, bool) or not 0 < float(value) < float("inf"):
+    if not 0 < as_number(value) < math.inf:
         raise ValueError(f"{argument} must be a finite number > 0, got {value!r}")
     return float(value)
+
+
+def require_probability(value: float, argument: str) -> float:
+    """Return ``value`` as a float if it is strictly between 0 and 1, or raise a ValueError."""
+    if not 0 < as_number(value) < 1:
+        raise ValueError(f"{argument} must be strictly in (0, 1), got {value!r}")
+    return float(value)
+
+
+def require_count(value: int, argument: str, least: int = 1) -> int:
+    """Return ``value`` as an int if it is a whole number >= ``least``, or raise a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{argument} must be an int >= {least}, got {value!r}")
+    return int(value)
+
+
+def as_number(value: Any) -> float:
+    """Return ``value`` as a float, NaN where it is no real number."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan

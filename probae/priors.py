@@ -9,8 +9,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from .distributions import Flow
-from .part import Part, Shape, as_shape, require_positive
+from .distributions import Flow, is_point
+from .part import Part, Shape, as_shape, require_count, require_positive, require_probability
 
 if TYPE_CHECKING:
     from torch.distributions import Distribution
@@ -29,7 +29,7 @@ class StandardNormalPrior(Part):
 
     def __init__(self, z_dim: int) -> None:
         super().__init__()
-        (z_dim,) = as_shape(z_dim, "z_dim")
+        z_dim = require_count(z_dim, "z_dim")
         self.register_buffer("loc", torch.zeros(z_dim), persistent=False)
         self.register_buffer("scale", torch.ones(z_dim), persistent=False)
 
@@ -75,14 +75,13 @@ class LaplacePrior(Part):
 
     def __init__(self, z_dim: int, rate: float = 1.0) -> None:
         super().__init__()
-        (z_dim,) = as_shape(z_dim, "z_dim")
-        require_positive(rate, "rate")
+        z_dim = require_count(z_dim, "z_dim")
+        self.rate = require_positive(rate, "rate")
         self.register_buffer("loc", torch.zeros(z_dim), persistent=False)
-        self.register_buffer("scale", torch.full((z_dim,), 1.0 / rate), persistent=False)
 
     def forward(self) -> Distribution:
         """Return p(z), event shape (z_dim,)."""
-        return dist.Laplace(self.loc, self.scale).to_event(1)
+        return dist.Laplace(self.loc, 1 / self.rate).to_event(1)
 
 
 class GaussianMixturePrior(Part):
@@ -102,8 +101,8 @@ class GaussianMixturePrior(Part):
 
     def __init__(self, z_dim: int, components: int = 10) -> None:
         super().__init__()
-        (z_dim,) = as_shape(z_dim, "z_dim")
-        (components,) = as_shape(components, "components")
+        z_dim = require_count(z_dim, "z_dim")
+        components = require_count(components, "components")
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, z_dim))
         self.log_scale = nn.Parameter(torch.zeros(components, z_dim))
@@ -123,6 +122,9 @@ class VampPrior(Part):
         components: number C of pseudo-inputs; they start at U(0, 1) noise, or at random training
             data after :meth:`Autoencoder.initialize`.
 
+    Raises:
+        ValueError: from ``forward``, where the encoder is a point code, whose mixture is no density.
+
     Reference:
         Tomczak & Welling, VAE with a VampPrior, 2018.
 
@@ -135,7 +137,7 @@ class VampPrior(Part):
 
     def __init__(self, encoder: nn.Module, x_shape: Shape, components: int = 100) -> None:
         super().__init__()
-        (components,) = as_shape(components, "components")
+        components = require_count(components, "components")
         self.encoder = encoder
         self.pseudo_inputs = nn.Parameter(torch.rand(components, *as_shape(x_shape, "x_shape")))
         self.register_buffer("logits", torch.zeros(components), persistent=False)
@@ -143,6 +145,11 @@ class VampPrior(Part):
     def forward(self) -> Distribution:
         """Return p(z), event shape (z_dim,)."""
         components = self.encoder(self.pseudo_inputs)
+        if is_point(components):
+            raise ValueError(
+                "encoder of a VampPrior must return a density, got a point code (Delta); use a "
+                "GaussianEncoder, or another prior"
+            )
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
 
     @torch.no_grad()
@@ -183,8 +190,8 @@ class FlowPrior(Part):
             import zuko
         except ImportError as error:
             raise ImportError("FlowPrior needs zuko: pip install 'probae[flows]'") from error
-        (z_dim,) = as_shape(z_dim, "z_dim")
-        (transforms,) = as_shape(transforms, "transforms")
+        z_dim = require_count(z_dim, "z_dim")
+        transforms = require_count(transforms, "transforms")
         self.flow = zuko.flows.NSF(
             z_dim, transforms=transforms, hidden_features=as_shape(hidden, "hidden")
         )
@@ -211,14 +218,13 @@ class BernoulliPrior(Part):
 
     def __init__(self, z_dim: int, probability: float = 0.5) -> None:
         super().__init__()
-        (z_dim,) = as_shape(z_dim, "z_dim")
-        if not 0 < probability < 1:
-            raise ValueError(f"probability must be strictly in (0, 1), got {probability!r}")
-        self.register_buffer("probs", torch.full((z_dim,), probability), persistent=False)
+        z_dim = require_count(z_dim, "z_dim")
+        self.probability = require_probability(probability, "probability")
+        self.register_buffer("zeros", torch.zeros(z_dim), persistent=False)
 
     def forward(self) -> Distribution:
         """Return p(z), event shape (z_dim,)."""
-        return dist.Bernoulli(self.probs).to_event(1)
+        return dist.Bernoulli(self.zeros + self.probability).to_event(1)
 
 
 class CategoricalPrior(Part):
@@ -234,7 +240,7 @@ class CategoricalPrior(Part):
 
     def __init__(self, z_dim: int) -> None:
         super().__init__()
-        (z_dim,) = as_shape(z_dim, "z_dim")
+        z_dim = require_count(z_dim, "z_dim")
         self.logits = nn.Parameter(torch.zeros(z_dim))
 
     def forward(self) -> Distribution:

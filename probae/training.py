@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -68,7 +69,7 @@ def fit(
     schedule: str | Schedule = "constant",
     patience: int | None = None,
     clip_norm: float | None = None,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     seed: int | None = 0,
     progress: bool = True,
 ) -> Run:
@@ -97,7 +98,7 @@ def fit(
         patience: stop after that many epochs without a lower ``val_loss``; never before a KL
             warm-up ends. Needs ``val``.
         clip_norm: clip the gradient to that norm.
-        optimizer: called with the parameters and ``lr``.
+        optimizer: called with the parameters and ``lr``; default torch's fused Adam.
         seed: of initial shuffling, noise and binarisation; None draws from the global stream.
         progress: show a progress bar.
 
@@ -134,7 +135,7 @@ def fit(
         parameters = [p for p in pair.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("pair has no parameters that require gradients: nothing to train")
-        optim = optimizer(parameters, lr=lr)
+        optim = (optimizer or partial(torch.optim.Adam, fused=True))(parameters, lr=lr)
         scheduler = _scheduler(schedule, optim, epochs * steps_per_epoch)
         best = _Best(pair)
         columns = _columns(held_out is not None)

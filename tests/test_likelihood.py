@@ -1,0 +1,194 @@
+"""Likelihood estimators: chunking, streaming, enumeration, diagnostics, and what they refuse."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import arviz
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import probae
+from probae import likelihood
+from probae.arviz import pareto_khat
+
+
+def vae(x_dim: int = 6) -> probae.VAE:
+    torch.manual_seed(0)
+    return probae.VAE(x_dim, 2, hidden=(5,)).double()
+
+
+def binary(n: int = 11, x_dim: int = 6) -> Tensor:
+    return (torch.rand(n, x_dim, dtype=torch.float64) > 0.5).double()
+
+
+def discrete(prior: torch.nn.Module, z_dim: int) -> probae.Autoencoder:
+    torch.manual_seed(0)
+    return probae.Autoencoder(
+        prior,
+        probae.BernoulliEncoder(probae.MLP(5, z_dim))
+        if isinstance(prior, probae.BernoulliPrior)
+        else probae.CategoricalEncoder(probae.MLP(5, z_dim)),
+        probae.BernoulliDecoder(probae.MLP(z_dim, 5, (4,))),
+    ).double()
+
+
+def test_bits_are_enumerated() -> None:
+    pair, x = discrete(probae.BernoulliPrior(4, 0.3), 4), binary(6, 5)
+    total = torch.zeros(6, dtype=torch.float64)
+    for bits in itertools.product([0.0, 1.0], repeat=4):
+        z = torch.tensor(bits, dtype=torch.float64)
+        total += (pair.prior().log_prob(z) + pair.decoder(z[None]).log_prob(x)).exp().detach()
+    ll = probae.log_likelihood(pair, x)
+    assert ll.method == "exact"
+    assert torch.allclose(ll.values, total.log(), atol=1e-12)
+
+
+def test_one_hot_causes_are_enumerated() -> None:
+    pair, x = discrete(probae.CategoricalPrior(7), 7), binary(6, 5)
+    z = torch.eye(7, dtype=torch.float64)[:, None]
+    expected = (pair.prior().log_prob(z) + pair.decoder(z).log_prob(x)).logsumexp(0)
+    assert torch.allclose(probae.log_likelihood(pair, x, "exact").values, expected, atol=1e-12)
+
+
+def test_evidence_of_all_binary_data_sums_to_one() -> None:
+    pair = discrete(probae.BernoulliPrior(3), 3)
+    x = torch.tensor(list(itertools.product([0.0, 1.0], repeat=5)), dtype=torch.float64)
+    assert float(probae.log_likelihood(pair, x).values.exp().sum()) == pytest.approx(1, abs=1e-12)
+
+
+def test_small_chunks_of_states_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, x = discrete(probae.BernoulliPrior(6), 6), binary(9, 5)
+    whole = probae.log_likelihood(pair, x).values
+    monkeypatch.setattr(likelihood, "CHUNK_BYTES", 1000)
+    assert torch.allclose(probae.log_likelihood(pair, x).values, whole, atol=1e-12)
+
+
+def test_too_many_states_are_refused_and_estimated_instead() -> None:
+    pair, x = discrete(probae.BernoulliPrior(40), 40), binary(3, 5)
+    with pytest.raises(ValueError, match="method='exact' needs"):
+        probae.log_likelihood(pair, x, "exact")
+    assert probae.log_likelihood(pair, x, num_samples=50).method == "iwae"
+
+
+def test_streaming_sums_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    blocks = [torch.randn(k, 4, dtype=torch.float64) * 3 for k in (7, 1, 250, 42)]
+    weights = torch.cat(blocks)
+    streaming = likelihood._StreamingWeights(300, torch.zeros(4, 1))
+    for block in blocks:
+        streaming.add(block)
+    values, std_error, ess, khat = streaming.iwae()
+    w = (weights - weights.max(0).values).exp()
+    assert torch.allclose(values, weights.logsumexp(0) - math.log(300), atol=1e-12)
+    assert torch.allclose(ess, w.sum(0) ** 2 / (w**2).sum(0), rtol=1e-10)
+    assert torch.allclose(std_error, w.std(0) / math.sqrt(300) / w.mean(0), rtol=1e-8)
+    mean, mean_error, _, _ = streaming.elbo()
+    assert torch.allclose(mean, weights.mean(0), atol=1e-12)
+    assert torch.allclose(mean_error, weights.std(0) / math.sqrt(300), rtol=1e-10)
+    if hasattr(arviz, "psislw"):
+        _, whole = arviz.psislw(weights.T.numpy())
+        assert np.allclose(khat.numpy(), whole, atol=1e-8)
+
+
+def test_pareto_k_tells_heavy_tails_from_light_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(4000, 2, generator=generator, dtype=torch.float64)
+    weights = torch.stack([-0.2 * uniform[:, 0].log(), -0.9 * uniform[:, 1].log()], 1)
+    tail = weights.topk(200, 0).values  # log of Pareto weights with k = 0.2 and 0.9
+    khat = pareto_khat(tail, 4000)
+    assert abs(khat[0] - 0.2) < 0.2
+    assert abs(khat[1] - 0.9) < 0.2
+
+
+@pytest.mark.parametrize("method", ["elbo", "iwae"])
+def test_chunks_of_data_and_samples_estimate_the_same(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    pair, x = vae(), binary()
+    whole = probae.log_likelihood(pair, x, method, num_samples=4000)
+    monkeypatch.setattr(likelihood, "CHUNK_BYTES", 8 * 6 * 100)  # 100 rows at once
+    parts = probae.log_likelihood(pair, x, method, num_samples=4000, seed=1)
+    error = torch.hypot(whole.std_error, parts.std_error)
+    assert ((whole.values - parts.values).abs() < 5 * error).all()
+
+
+def test_same_seed_same_values_and_the_global_stream_untouched() -> None:
+    pair, x = vae(), binary()
+    state = torch.get_rng_state()
+    first = probae.log_likelihood(pair, x, "iwae", 50, seed=4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.values, probae.log_likelihood(pair, x, "iwae", 50, seed=4).values)
+    other = probae.log_likelihood(pair, x, "iwae", 50, seed=5)
+    assert not torch.equal(first.values, other.values)
+
+
+def test_result_is_in_nats_per_datum() -> None:
+    pair, x = vae(), binary()
+    ll = probae.log_likelihood(pair, x, "iwae", 100)
+    assert ll.values.shape == ll.std_error.shape == ll.ess.shape == ll.khat.shape == (11,)
+    assert ll.mean == pytest.approx(float(ll.values.mean()))
+    assert ll.mean_std_error == pytest.approx(float(ll.values.std() / math.sqrt(11)))
+    assert ll.bits_per_dim == pytest.approx(-ll.mean / 6 / math.log(2))
+    assert ((ll.ess >= 1) & (ll.ess <= 100)).all()
+    assert "lower bound" in repr(ll)
+
+
+def test_bounds_are_ordered() -> None:
+    pair, x = vae(), binary(300)
+    elbo = probae.log_likelihood(pair, x, "elbo", 500)
+    few = probae.log_likelihood(pair, x, "iwae", 5)
+    many = probae.log_likelihood(pair, x, "iwae", 500)
+    assert elbo.mean < few.mean < many.mean
+
+
+def test_proposal_measures_a_point_code() -> None:
+    torch.manual_seed(0)
+    pair = probae.UndercompleteAutoencoder(
+        6, 2, hidden=(), prior="normal", likelihood="gaussian"
+    ).double()
+    x = torch.randn(8, 6, dtype=torch.float64)
+    exact = probae.log_likelihood(pair, x)
+    assert exact.method == "exact"
+    for method in ("elbo", "iwae"):
+        with pytest.raises(ValueError, match="MAP_JOINT.*proposal="):
+            probae.log_likelihood(pair, x, method)
+    proposal = probae.LinearGaussianPosterior(pair.decoder)
+    ll = probae.log_likelihood(pair, x, "iwae", 10, proposal=proposal)
+    assert torch.allclose(ll.values, exact.values, atol=1e-8)
+    with pytest.raises(ValueError, match="proposal"):
+        probae.log_likelihood(pair, x, "iwae", proposal=pair.encoder)
+
+
+def test_flat_prior_has_no_likelihood() -> None:
+    pair = probae.UndercompleteAutoencoder(6, 2)
+    for method in ("auto", "exact", "elbo", "iwae"):
+        with pytest.raises(ValueError, match="RECONSTRUCTION.*prior"):
+            probae.log_likelihood(pair, torch.randn(3, 6), method)
+
+
+def test_grey_pixels_have_no_bernoulli_likelihood() -> None:
+    x = binary()
+    x[3, 2] = 0.5
+    with pytest.raises(ValueError, match=r"grey pixels.*binarise.*continuous-bernoulli"):
+        probae.log_likelihood(vae(), x)
+
+
+def test_memory_does_not_grow_with_the_number_of_samples() -> None:
+    program = """
+import resource, sys, torch, probae
+pair = probae.VAE(784, 50, hidden=(200, 200))
+x = (torch.rand(40, 784) > 0.5).float()
+probae.log_likelihood(pair, x, "iwae", 200)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+probae.log_likelihood(pair, x, "iwae", int(sys.argv[1]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = subprocess.run(
+        [sys.executable, "-c", program, "20000"], capture_output=True, text=True, check=True
+    ).stdout
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(grown) * unit < 150 * 2**20

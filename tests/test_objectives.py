@@ -1,0 +1,490 @@
+"""Objectives: identities of ELBO and IWAE bound, gradients, and the traps of Pyro's own ELBOs."""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+
+import probae
+from probae.autoencoder import local_parameters
+from probae.objectives import elbo_terms, log_weights
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    yield
+    pyro.clear_param_store()
+
+
+def vae(likelihood: str = "bernoulli", x_dim: int = 6, z_dim: int = 2) -> probae.VAE:
+    return probae.VAE(x_dim, z_dim, hidden=(5,), likelihood=likelihood).double()
+
+
+def binary(n: int = 7, x_dim: int = 6) -> Tensor:
+    return (torch.rand(n, x_dim, dtype=torch.float64) > 0.5).double()
+
+
+def categorical_pair(states: int = 6, x_dim: int = 4) -> probae.Autoencoder:
+    pair = probae.Autoencoder(
+        probae.CategoricalPrior(states),
+        probae.CategoricalEncoder(probae.MLP(x_dim, states, (5,))),
+        probae.BernoulliDecoder(probae.MLP(states, x_dim)),
+    ).double()
+    with torch.no_grad():
+        pair.prior.logits.normal_()
+    return pair
+
+
+def bernoulli_pair(bits: int = 3, x_dim: int = 4) -> probae.Autoencoder:
+    return probae.Autoencoder(
+        probae.BernoulliPrior(bits, 0.3),
+        probae.BernoulliEncoder(probae.MLP(x_dim, bits)),
+        probae.BernoulliDecoder(probae.MLP(bits, x_dim)),
+    ).double()
+
+
+def gradients(pair: nn.Module, loss: Tensor) -> Tensor:
+    parameters = list(pair.parameters())
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
+    return torch.cat([g.flatten() for g in filled])
+
+
+class Spherical(nn.Module):
+    """Gaussian prior of a given scale."""
+
+    def __init__(self, z_dim: int, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.full((z_dim,), scale, dtype=torch.float64))
+
+    def forward(self) -> dist.Distribution:
+        return dist.Normal(torch.zeros_like(self.scale), self.scale).to_event(1)
+
+
+class FixedGaussian(nn.Module):
+    """Linear encoder with constant scale; ``unit`` is the unit of length of z."""
+
+    def __init__(self, weight: Tensor, scale: float, unit: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.scale, self.unit = scale, unit
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        loc = self.unit * (x @ self.weight.T)
+        return dist.Normal(loc, self.unit * self.scale * torch.ones_like(loc)).to_event(1)
+
+
+# ---- identities ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO, RenyiELBO, probae.ELBO])
+@pytest.mark.parametrize("scale", [math.sqrt(0.5), 1.0, 0.3])
+def test_flat_autoencoder_loss_is_squared_error_plus_constant(elbo: type, scale: float) -> None:
+    pair = probae.UndercompleteAutoencoder(
+        5, 2, hidden=(4,), likelihood_options={"scale": scale}
+    ).double()
+    x = torch.randn(9, 5, dtype=torch.float64)
+    objective = elbo(alpha=0.0, num_particles=2) if elbo is RenyiELBO else elbo()
+    reconstruction = pair.decoder(pair.encoder(x).mean).mean
+    constant = 2.5 * math.log(2 * math.pi * scale**2)
+    expected = ((x - reconstruction) ** 2).sum() / (2 * scale**2) + 9 * constant
+    assert objective.loss(pair.model, pair.guide, x) == pytest.approx(expected.item(), abs=1e-10)
+
+
+def test_map_joint_adds_the_prior_term_to_the_reconstruction() -> None:
+    pair = probae.UndercompleteAutoencoder(5, 2, hidden=(4,), prior="normal").double()
+    x = torch.randn(9, 5, dtype=torch.float64)
+    code = pair.encoder(x).mean
+    flat = -pair.decoder(code).log_prob(x).sum()
+    expected = flat + (code**2).sum() / 2 + 9 * math.log(2 * math.pi)
+    loss = probae.ELBO().loss(pair.model, pair.guide, x)
+    assert loss == pytest.approx(expected.item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("unit", [0.1, 3.0])
+def test_rescaling_the_code_moves_the_map_joint_and_not_the_elbo(unit: float) -> None:
+    weight, decode = torch.randn(2, 5).double(), torch.randn(5, 2).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+
+    def pair(unit: float, point: bool) -> probae.Autoencoder:
+        decoder = probae.GaussianDecoder(probae.MLP(2, 5)).double()
+        encoder: nn.Module = FixedGaussian(weight, 0.7, unit)
+        if point:
+            encoder = probae.PointEncoder(probae.MLP(5, 2)).double()
+            encoder.network.output.weight.data.copy_(unit * weight)
+        decoder.network.output.weight.data.copy_(decode / unit)
+        return probae.Autoencoder(Spherical(2, unit).double(), encoder, decoder)
+
+    def loss(unit: float, point: bool) -> float:
+        torch.manual_seed(1)
+        made = pair(unit, point)
+        return probae.ELBO().loss(made.model, made.guide, x) / len(x)
+
+    assert loss(unit, True) - loss(1.0, True) == pytest.approx(2 * math.log(unit), abs=1e-10)
+    assert loss(unit, False) == pytest.approx(loss(1.0, False), abs=1e-10)
+
+
+def test_grey_elbo_is_the_expected_elbo_of_binarisations() -> None:
+    pair = vae(x_dim=3)
+    grey = torch.tensor([[0.2, 0.9, 0.5]], dtype=torch.float64)
+    z = torch.randn(1, 2, dtype=torch.float64)
+    expected = 0.0
+    for bits in itertools.product([0.0, 1.0], repeat=3):
+        b = torch.tensor([bits], dtype=torch.float64)
+        weight = torch.where(b == 1, grey, 1 - grey).prod()
+        expected += (weight * pair.decoder(z).log_prob(b)).item()
+    assert float(pair.decoder(z).log_prob(grey)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_grey_importance_bound_stays_below_the_expected_log_likelihood() -> None:
+    pair = categorical_pair(states=2, x_dim=3)
+    grey = torch.tensor([[0.2, 0.9, 0.5]], dtype=torch.float64)
+    z = torch.eye(2, dtype=torch.float64)
+    limit = torch.logsumexp(pair.prior().log_prob(z) + pair.decoder(z).log_prob(grey), 0)
+    expected = 0.0
+    for bits in itertools.product([0.0, 1.0], repeat=3):
+        b = torch.tensor([bits], dtype=torch.float64)
+        weight = torch.where(b == 1, grey, 1 - grey).prod()
+        expected += float(weight * probae.log_likelihood(pair, b, "exact").values)
+    assert float(limit) < expected
+
+
+def exact_importance_bounds(log_w: Tensor, log_q: Tensor, counts: list[int]) -> dict[int, float]:
+    """L_K by summing over all multinomial outcomes of K draws from q."""
+    bounds = {}
+    states = len(log_w)
+    for k in counts:
+        total = 0.0
+        for bars in itertools.combinations(range(k + states - 1), states - 1):
+            edges = (-1, *bars, k + states - 1)
+            n = torch.tensor([b - a - 1 for a, b in itertools.pairwise(edges)]).double()
+            log_probability = (
+                math.lgamma(k + 1) - torch.lgamma(n + 1).sum() + (n * log_q).sum()
+            )
+            mean_weight = torch.logsumexp(log_w + n.log(), 0) - math.log(k)
+            total += float(log_probability.exp() * mean_weight)
+        bounds[k] = total
+    return bounds
+
+
+def test_importance_bound_by_enumeration() -> None:
+    pair = categorical_pair(states=4)
+    x = binary(1, 4)
+    z = torch.eye(4, dtype=torch.float64)
+    with torch.no_grad():
+        log_q = pair.encoder(x).log_prob(z)
+        log_w = pair.prior().log_prob(z) + pair.decoder(z).log_prob(x) - log_q
+    log_p = float(probae.log_likelihood(pair, x, "exact").values)
+
+    assert float(torch.logsumexp(log_w + log_q, 0)) == pytest.approx(log_p, abs=1e-12)  # E w = p
+
+    counts = [1, 2, 3, 5, 10, 40]
+    bounds = exact_importance_bounds(log_w, log_q, counts)
+    values = [bounds[k] for k in counts]
+    assert all(a < b for a, b in itertools.pairwise(values))
+    assert values[-1] < log_p
+    variance = float((log_q.exp() * (log_w.exp() - math.exp(log_p)) ** 2).sum())
+    predicted = variance / (2 * math.exp(2 * log_p))
+    assert 40 * (log_p - bounds[40]) == pytest.approx(predicted, rel=0.05)
+
+    for k in (1, 3, 10):  # our estimate, once for each of many copies of x; 5 s.e.: 6e-7 each
+        ll = probae.log_likelihood(pair, x.expand(20_000, -1), "iwae", num_samples=k)
+        assert abs(ll.mean - bounds[k]) < 5 * ll.mean_std_error
+
+
+def test_one_particle_importance_bound_is_the_elbo() -> None:
+    pair, x = vae(), binary()
+    losses = []
+    for objective in (probae.IWAE(1), probae.ELBO(analytic_kl=False), Trace_ELBO()):
+        torch.manual_seed(3)
+        losses.append(objective.loss(pair.model, pair.guide, x))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-10)
+    assert losses[0] == pytest.approx(losses[2], abs=1e-10)
+
+
+def test_analytic_and_sampled_kl_agree() -> None:
+    pair, x = vae(), binary(1).expand(50_000, -1)
+    with local_parameters(), torch.no_grad():
+        closed = elbo_terms(pair.model, pair.guide, x, analytic=True)
+        sampled = elbo_terms(pair.model, pair.guide, x, analytic=False)
+    assert closed.kl_method == {"z": "analytic"}
+    assert sampled.kl_method == {"z": "monte carlo"}
+    assert closed.kl.std() < 1e-12
+    std_error = sampled.kl.std() / math.sqrt(50_000)
+    assert abs(sampled.kl.mean() - closed.kl.mean()) < 5 * std_error  # 6e-7
+
+
+@pytest.mark.parametrize("prior", ["normal", "laplace", "mixture", "vamp"])
+def test_elbo_equals_pyros_and_says_how_it_got_the_kl(prior: str) -> None:
+    pair, x = probae.VAE(6, 2, hidden=(5,), prior=prior).double(), binary()
+    objective = probae.ELBO()
+    torch.manual_seed(3)
+    ours = objective.loss(pair.model, pair.guide, x)
+    torch.manual_seed(3)
+    theirs = TraceMeanField_ELBO().loss(pair.model, pair.guide, x)
+    assert ours == pytest.approx(theirs, abs=1e-10)
+    registered = prior in ("normal", "laplace")
+    assert objective.kl_method == {"z": "analytic" if registered else "monte carlo"}
+
+
+def test_beta_weighs_the_kl_alone() -> None:
+    pair, x = vae(), binary()
+    losses = []
+    for beta in (0.0, 1.0, 4.0):
+        torch.manual_seed(3)
+        losses.append(probae.ELBO(beta=beta).loss(pair.model, pair.guide, x))
+    assert losses[2] - losses[0] == pytest.approx(4 * (losses[1] - losses[0]), abs=1e-10)
+
+
+def test_warmup_rises_linearly_and_is_over_without_a_trainer() -> None:
+    objective = probae.ELBO(beta=probae.LinearWarmup(10))
+    assert objective.beta == 1.0
+    assert objective.warmup_epochs == 10
+    objective.epoch = 2.5
+    assert objective.beta == 0.25
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+def test_score_function_gradient_is_unbiased() -> None:
+    pair, x = bernoulli_pair(), binary(2, 4)
+    states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)), dtype=torch.float64)
+    z = states[:, None]  # (S, 1, bits)
+    log_q = pair.encoder(x).log_prob(z)  # (S, N)
+    log_p = pair.prior().log_prob(z) + pair.decoder(z).log_prob(x)
+    exact = gradients(pair, -(log_q.exp() * (log_p - log_q)).sum())
+
+    copies = 4000
+    many = x.repeat(copies, 1)
+    estimates = []
+    for objective in (probae.ELBO(), probae.ELBO(num_particles=2), probae.ELBO(analytic_kl=False)):
+        draws = torch.stack(
+            [
+                gradients(pair, objective.differentiable_loss(pair.model, pair.guide, many))
+                / copies
+                for _ in range(20)
+            ]
+        )
+        estimates.append((draws.mean(0), draws.std(0) / math.sqrt(20)))
+    for mean, std_error in estimates:
+        assert ((mean - exact).abs() < 6 * std_error + 1e-9).all()  # t with 19 d.f.: 9e-6 a weight
+
+
+@pytest.mark.parametrize("num_particles", [1, 4])
+def test_doubly_reparameterised_gradient_has_the_mean_of_the_plain_one(num_particles: int) -> None:
+    pair, x = vae(x_dim=4), binary(2, 4)
+    many = x.repeat(4000, 1)
+    means, errors = [], []
+    for dreg in (False, True):
+        objective = probae.IWAE(num_particles, dreg=dreg)
+        draws = torch.stack(
+            [
+                gradients(pair, objective.differentiable_loss(pair.model, pair.guide, many)) / 4000
+                for _ in range(20)
+            ]
+        )
+        means.append(draws.mean(0))
+        errors.append(draws.std(0) / math.sqrt(20))
+    assert ((means[0] - means[1]).abs() < 6 * torch.hypot(*errors) + 1e-9).all()
+
+
+def test_doubly_reparameterised_encoder_gradient_is_less_noisy_at_many_particles() -> None:
+    pair, x = vae(x_dim=4), binary(2, 4)
+    encoder_parameters = sum(p.numel() for p in pair.encoder.parameters())
+    variance = {}
+    for dreg in (False, True):
+        objective = probae.IWAE(64, dreg=dreg)
+        draws = torch.stack(
+            [
+                gradients(pair, objective.differentiable_loss(pair.model, pair.guide, x))
+                for _ in range(200)
+            ]
+        )
+        variance[dreg] = float(draws.var(0)[:encoder_parameters].sum())
+    assert variance[True] < 0.5 * variance[False]
+
+
+def test_loss_value_is_the_same_with_and_without_dreg() -> None:
+    pair, x = vae(), binary()
+    losses = []
+    for dreg in (False, True):
+        torch.manual_seed(3)
+        losses.append(probae.IWAE(5, dreg=dreg).loss(pair.model, pair.guide, x))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-10)
+
+
+# ---- the traps of Pyro --------------------------------------------------------------------------
+
+
+def test_importance_weights_stay_per_datum_with_a_factor_outside_the_plate() -> None:
+    pair, x = vae("gaussian"), torch.randn(40, 6, dtype=torch.float64)
+
+    def model(x: Tensor) -> None:
+        pair.model(x)
+        pyro.factor("penalty", torch.tensor(-0.01, dtype=torch.float64))
+
+    torch.manual_seed(3)
+    plain = probae.IWAE(50).loss(pair.model, pair.guide, x)
+    torch.manual_seed(3)
+    with_factor = probae.IWAE(50).loss(model, pair.guide, x)
+    assert with_factor == pytest.approx(plain + 0.01, abs=1e-10)
+    torch.manual_seed(3)
+    pyros = RenyiELBO(alpha=0.0, num_particles=50, vectorize_particles=True, max_plate_nesting=1)
+    assert pyros.loss(model, pair.guide, x) > with_factor + 1  # one weight per batch: far looser
+
+
+def test_importance_bound_equals_pyros_where_pyros_is_right() -> None:
+    pair, x = vae(), binary()
+    torch.manual_seed(3)
+    ours = probae.IWAE(50).loss(pair.model, pair.guide, x)
+    torch.manual_seed(3)
+    pyros = RenyiELBO(alpha=0.0, num_particles=50, vectorize_particles=True, max_plate_nesting=1)
+    assert ours == pytest.approx(pyros.loss(pair.model, pair.guide, x), abs=1e-9)
+
+
+def test_subsampling_scale_multiplies_the_bound_and_not_the_weights() -> None:
+    x = torch.randn(60, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64)
+    pair = probae.PPCA(5, 2, posterior="diagonal").double()
+    exact = probae.log_likelihood(pair, x, "exact").values.sum()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=20) as index:
+            z = pyro.sample("z", pair.prior())
+            pyro.sample("x", pair.decoder(z), obs=x[index])
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=20) as index:
+            pyro.sample("z", pair.encoder(x[index]))
+
+    losses = torch.tensor([probae.IWAE(500).loss(model, guide, x) for _ in range(100)])
+    bound, std_error = -losses.mean(), losses.std() / 10
+    assert bound < exact + 5 * std_error
+    one_by_one = probae.log_likelihood(pair, x, "iwae", num_samples=500).values.sum()
+    assert abs(bound - one_by_one) < 5 * std_error
+
+
+def test_unequal_scales_are_no_importance_weights() -> None:
+    pair, x = vae(), binary()
+
+    def model(x: Tensor) -> None:
+        with pyro.poutine.scale(scale=0.5):
+            pair.model(x)
+
+    with pytest.raises(ValueError, match="unequal scales"):
+        probae.IWAE(5).loss(model, pair.guide, x)
+
+
+def test_importance_bound_refuses_guides_it_would_leave_untrained() -> None:
+    pair, x = bernoulli_pair(), binary(3, 4)
+    with pytest.raises(ValueError, match="guide site 'z'.*no reparameterised gradient"):
+        probae.IWAE(5).differentiable_loss(pair.model, pair.guide, x)
+    loss = probae.ELBO().differentiable_loss(pair.model, pair.guide, x)
+    encoder = list(pair.encoder.parameters())
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(loss, encoder))
+
+
+def test_importance_bound_refuses_point_codes() -> None:
+    pair = probae.UndercompleteAutoencoder(6, 2, prior="normal").double()
+    with pytest.raises(ValueError, match="point code"):
+        probae.IWAE(5).loss(pair.model, pair.guide, binary())
+
+
+def test_importance_bound_refuses_latents_that_all_data_share() -> None:
+    def model(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("mean", dist.Normal(0.3, 0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.1, 1.0))
+
+    x = torch.randn(11)
+    with pytest.raises(ValueError, match="'mean' is latent and outside the data plate"):
+        probae.IWAE(5).loss(model, guide, x)
+    for particles in (1, 3):
+        torch.manual_seed(3)
+        ours = probae.ELBO(num_particles=particles).loss(model, guide, x)
+        torch.manual_seed(3)
+        theirs = TraceMeanField_ELBO(
+            num_particles=particles, vectorize_particles=True, max_plate_nesting=1
+        ).loss(model, guide, x)
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_guide_factor_without_rsample_is_refused_and_with_it_is_right() -> None:
+    pair, x = vae(), binary()
+
+    def guide(x: Tensor, has_rsample: bool) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", pair.encoder(x))
+            penalty = pair.encoder.network(x).pow(2).sum((-1, -2))
+            pyro.factor("penalty", penalty, has_rsample=has_rsample)
+
+    with pytest.raises(ValueError, match="guide factor 'penalty'"):
+        probae.ELBO().differentiable_loss(pair.model, lambda x: guide(x, False), x)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pair.prior())
+            pyro.sample("x", pair.decoder(z), obs=x)
+            pyro.factor("penalty", -pair.encoder.network(x).pow(2).sum((-1, -2)))
+
+    grads = []
+    for programs in ((pair.model, lambda x: guide(x, True)), (model, pair.guide)):
+        torch.manual_seed(3)
+        grads.append(gradients(pair, probae.ELBO().differentiable_loss(*programs, x)))
+    assert torch.allclose(*grads, atol=1e-10)
+
+
+class DensePoint(nn.Module):
+    """Point code with a density of its own, as a flow would give it."""
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        return dist.Delta(x[..., :2], log_density=x[..., 2], event_dim=1)
+
+
+def test_density_of_a_point_code_counts() -> None:
+    decoder = probae.GaussianDecoder(probae.MLP(2, 6)).double()
+    pair = probae.Autoencoder(probae.StandardNormalPrior(2).double(), DensePoint(), decoder)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    right = Trace_ELBO().loss(pair.model, pair.guide, x)
+    objective = probae.ELBO()
+    assert objective.loss(pair.model, pair.guide, x) == pytest.approx(right, abs=1e-10)
+    assert objective.kl_method == {"z": "monte carlo"}
+    wrong = TraceMeanField_ELBO().loss(pair.model, pair.guide, x)  # Pyro's own drops the density
+    assert right - wrong == pytest.approx(float(x[:, 2].sum()), abs=1e-10)
+
+
+def test_corruption_in_both_programs_cancels() -> None:
+    encoder = FixedGaussian(torch.randn(2, 5).double(), 0.7)
+    decoder = probae.GaussianDecoder(probae.MLP(2, 5)).double()
+    prior = probae.StandardNormalPrior(2).double()
+    pair = probae.Autoencoder(prior, encoder, decoder, probae.GaussianNoise(0.4))
+    x = torch.randn(1, 5, dtype=torch.float64).expand(20_000, -1)
+    with local_parameters(), torch.no_grad():
+        weights = log_weights(pair.model, pair.guide, x)[0]
+        # E over x_tilde of KL(q(z|x_tilde) || p(z|x)), every term Gaussian
+        weight, bias, scale = decoder.affine()
+        exact = probae.log_likelihood(pair, x[:1], "exact").values
+        precision = torch.eye(2).double() + weight.T @ weight / scale**2
+        mean = torch.linalg.solve(precision, weight.T @ (x[0] - bias) / scale**2)
+        gap_mean = encoder.weight @ x[0] - mean
+        spread = encoder.weight @ encoder.weight.T * 0.4**2 + 0.7**2 * torch.eye(2).double()
+        second_moment = spread + torch.outer(gap_mean, gap_mean)
+        kl = 0.5 * (
+            (precision @ second_moment).trace() - 2 - torch.logdet(precision) - 4 * math.log(0.7)
+        )
+    std_error = weights.std() / math.sqrt(len(weights))
+    assert abs(weights.mean() - (exact - kl)) < 5 * std_error
