@@ -8,6 +8,7 @@ import enum
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import pyro
@@ -230,23 +231,23 @@ class Autoencoder(Part, PyroModule):
         return torch.empty(())
 
     def _dry_run(self) -> dict[str, Any]:
-        """Run the parts on two data; check each distribution's shape; change no state."""
+        """Run the parts on three data; check each distribution's shape; change no state."""
         with frozen(self, seed=0):
             prior = _call("prior", self.prior)
             _expect("prior()", prior, Size(), prior.event_shape)
-            with _naming("decoder", f"z of shape {(2, *prior.event_shape)}"):
-                decoder = self.decoder(prior.sample(Size((2,))))
+            with _naming("decoder", f"z of shape {(3, *prior.event_shape)}"):
+                decoder = self.decoder(prior.sample(Size((3,))))
                 x = decoder.sample().to(self.dtype)
-            _expect("decoder(z)", decoder, Size((2,)), decoder.event_shape)
+            _expect("decoder(z)", decoder, Size((3,)), decoder.event_shape)
             x_tilde = x
             if self.corruption is not None:
                 with _naming("corruption", f"x of shape {tuple(x.shape)}"):
                     corruption = self.corruption(x)
                     x_tilde = corruption.sample()
-                _expect("corruption(x)", corruption, Size((2,)), x.shape[1:])
+                _expect("corruption(x)", corruption, Size((3,)), x.shape[1:])
             with _naming("encoder", f"x of shape {tuple(x.shape)}, which the decoder makes"):
                 encoder = self.encoder(x_tilde)
-            _expect("encoder(x)", encoder, Size((2,)), prior.event_shape)
+            _expect("encoder(x)", encoder, Size((3,)), prior.event_shape)
             codes = encoder.sample(Size((16,)))
             outside = codes.isfinite().all() and not prior.support.check(codes).all()
         if not is_point(encoder) and is_discrete(encoder) != is_discrete(prior):
@@ -302,9 +303,11 @@ def local_parameters() -> Iterator[None]:
 @contextlib.contextmanager
 def seeded(seed: int, devices: set[torch.device]) -> Iterator[None]:
     """Seed torch's generators inside the block and put the random streams back after it."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise ValueError(f"seed must be an int, or None for the global stream, got {seed!r}")
     cuda = [d for d in devices if d.type == "cuda"]
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         yield
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 
 from .distributions import DiscretizedLogistic, GreyBernoulli
 from .networks import MLP, DeconvNet
-from .part import Part, require_count, require_positive
+from .part import Part, require_count, require_positive, two_parameters
 
 if TYPE_CHECKING:
     from torch.distributions import Distribution
@@ -43,8 +43,8 @@ class Decoder(Part):
         Does nothing where the network has no ``set_bias``.
         """
         set_bias = getattr(self.network, "set_bias", None)
-        if isinstance(self.network, DeconvNet) and x.dim() == 4:
-            x = x.movedim(1, -1).reshape(-1, x.shape[1], 1, 1)  # one bias for all pixels of a channel
+        if isinstance(self.network, DeconvNet) and x.dim() == 4:  # it has one bias a channel
+            x = x.movedim(1, -1).reshape(-1, x.shape[1], 1, 1)
         if callable(set_bias):
             set_bias(self.bias_for(x))
 
@@ -169,7 +169,7 @@ class GaussianDecoder(Decoder):
 
     @torch.no_grad()
     def set_scale(self, value: float) -> None:
-        """Set a learned σ; raise a ValueError where it is fixed or ``value`` is not above its floor."""
+        """Set a learned σ; raise a ValueError where it is fixed or ``value`` is below its floor."""
         if not self.learn_scale:
             raise ValueError("scale is fixed: build the decoder with learn_scale=True, or scale=σ")
         if require_positive(value, "value") <= self.scale_min:
@@ -217,8 +217,7 @@ class HeteroscedasticGaussianDecoder(Decoder):
 
     def forward(self, z: Tensor) -> Distribution:
         """Return p(x|z), batch shape (...), event shape x_shape."""
-        parameters = self.network(z)
-        loc, scale = parameters.unbind(z.dim() - 1)
+        loc, scale = two_parameters(self.network(z), z.dim() - 1, "(..., 2, *x_shape)")
         normal = dist.Normal(loc, softplus(scale) + self.scale_min)
         return normal.to_event(_event_dim(loc, z))
 
@@ -294,7 +293,7 @@ class DiscretizedLogisticDecoder(Decoder):
 
     def forward(self, z: Tensor) -> Distribution:
         """Return p(x|z), batch shape (...), event shape x_shape."""
-        loc, scale = self.network(z).unbind(z.dim() - 1)
+        loc, scale = two_parameters(self.network(z), z.dim() - 1, "(..., 2, *x_shape)")
         logistic = DiscretizedLogistic(loc, softplus(scale) + self.scale_min, self.levels)
         return logistic.to_event(_event_dim(loc, z))
 

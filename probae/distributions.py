@@ -37,7 +37,7 @@ class GreyBernoulli(dist.Bernoulli):
         """Return x·logit − softplus(logit): one pass less than cross-entropy, same value."""
         if self._validate_args:
             self._validate_sample(value)
-        return value * self.logits - softplus(self.logits)
+        return (value * self.logits).sub_(softplus(self.logits))
 
 
 class DiscretizedLogistic(dist.TorchDistribution):
@@ -160,6 +160,15 @@ def base_distribution(distribution: Any) -> Any:
     while hasattr(distribution, "base_dist") and not hasattr(distribution, "transforms"):
         distribution = distribution.base_dist
     return distribution
+
+
+def mean_of(distribution: Any, num_samples: int = 100) -> Tensor:
+    """Return the mean, or that of ``num_samples`` draws where it has no closed form."""
+    try:
+        mean: Tensor = distribution.mean
+    except NotImplementedError:
+        mean = distribution.sample(Size((num_samples,))).mean(0)
+    return mean
 
 
 def is_point(distribution: Any) -> bool:

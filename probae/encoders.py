@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from .decoders import GaussianDecoder
 from .networks import MLP
-from .part import Part, require_positive
+from .part import Part, require_positive, two_parameters
 
 if TYPE_CHECKING:
     from torch.distributions import Distribution
-
-    from .decoders import GaussianDecoder
 
 
 class GaussianEncoder(Part):
@@ -49,7 +48,7 @@ class GaussianEncoder(Part):
 
     def forward(self, x: Tensor) -> Distribution:
         """Return q(z|x), batch shape (...), event shape (z_dim,)."""
-        loc, scale = self.network(x).unbind(-2)
+        loc, scale = two_parameters(self.network(x), -2, "(..., 2, z_dim)")
         return dist.Normal(loc, softplus(scale) + self.scale_min).to_event(1)
 
 
@@ -145,7 +144,7 @@ class LinearGaussianPosterior(Part):
 
     def __init__(self, decoder: GaussianDecoder) -> None:
         super().__init__()
-        affine = decoder.affine()
+        affine = decoder.affine() if isinstance(decoder, GaussianDecoder) else None
         if affine is None or not isinstance(decoder.network, MLP):
             raise ValueError(
                 "decoder must be a GaussianDecoder with a fixed or learned scale on an affine "

@@ -14,14 +14,15 @@ from tqdm.auto import tqdm
 
 from .arviz import pareto_khat
 from .autoencoder import Autoencoder, Kind, frozen
-from .checks import check_support
+from .checks import check_support, require_pair
 from .datasets import as_tensor
 from .decoders import GaussianDecoder
-from .distributions import base_distribution, is_flat, is_point
+from .distributions import base_distribution, is_discrete, is_flat, is_point
 from .objectives import log_weights
+from .part import require_count
 
 MAX_STATES = 2**20  # of a discrete code that is enumerated
-CHUNK_BYTES = 32 * 2**20  # widest activation of one pass through the decoder
+CHUNK_BYTES = 4 * 2**20  # widest activation of one pass through the decoder; fits in cache
 
 
 class LogLikelihood(NamedTuple):
@@ -112,13 +113,12 @@ def log_likelihood(
         >>> ll.values.shape, ll.is_bound
         (torch.Size([4]), True)
     """
+    require_pair(pair)
     known = ("auto", "exact", "elbo", "iwae")
     if method not in known:
         raise ValueError(f"method must be one of {', '.join(known)}, got {method!r}")
-    if num_samples is not None and (
-        isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1
-    ):
-        raise ValueError(f"num_samples must be an int >= 1, got {num_samples!r}")
+    if num_samples is not None:
+        num_samples = require_count(num_samples, "num_samples")
     data = as_tensor(x, "x").to(pair.device, pair.dtype)
     check_support(pair, data, "x", binarize=False, strict=True)
     if is_flat(pair.prior()):
@@ -224,11 +224,26 @@ def _guide(pair: Autoencoder, method: str, proposal: nn.Module | None) -> Callab
                 pyro.sample("x_tilde", pair.corruption(x))
             return pyro.sample("z", proposal(x))
 
-    with frozen(pair, seed=0):
-        density = proposal(torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype))
-    if is_point(density) or density.event_shape != pair.z_shape:
+    if not isinstance(proposal, nn.Module):
         raise ValueError(
-            f"proposal(x) must return a density with event shape {pair.z_shape}, got "
+            f"proposal must be an encoder, a torch.nn.Module, got {type(proposal).__name__}"
+        )
+    with frozen(pair, seed=0):
+        prior, x = pair.prior(), torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype)
+        try:
+            density = proposal(x)
+        except RuntimeError as error:
+            raise ValueError(
+                f"proposal does not take x of shape {tuple(x.shape)}: {error}"
+            ) from error
+    if (
+        is_point(density)
+        or density.event_shape != pair.z_shape
+        or is_discrete(density) != is_discrete(prior)
+    ):
+        raise ValueError(
+            f"proposal(x) must return a {'discrete' if is_discrete(prior) else 'continuous'} "
+            f"density with event shape {pair.z_shape}, got "
             f"{type(base_distribution(density)).__name__} with event shape "
             f"{tuple(density.event_shape)}"
         )

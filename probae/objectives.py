@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from .distributions import is_point
+from .part import as_number, require_count
 
 Program = Callable[..., Any]
 Site = dict[str, Any]
@@ -57,7 +58,9 @@ class LinearWarmup(NamedTuple):
     end: float = 1.0
 
     def __call__(self, epoch: float) -> float:
-        """Return the weight at ``epoch``, which may be fractional."""
+        """Return the weight at ``epoch``, which may be fractional; ``epochs`` must be > 0."""
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs of a warm-up must be a finite number > 0, got {self.epochs}")
         fraction = min(max(epoch / self.epochs, 0.0), 1.0)
         return self.start + (self.end - self.start) * fraction
 
@@ -68,7 +71,7 @@ class PerDatumObjective(pyro.infer.ELBO):
     warmup_epochs: float = 0.0
 
     def __init__(self, num_particles: int) -> None:
-        super().__init__(num_particles=_require_count(num_particles, "num_particles"))
+        super().__init__(num_particles=require_count(num_particles, "num_particles"))
         self.epoch = math.inf  # schedules are over unless a trainer says otherwise
         self.kl_method: dict[str, str] = {}
 
@@ -140,11 +143,12 @@ class ELBO(PerDatumObjective):
     ) -> None:
         super().__init__(num_particles)
         self.schedule = beta if callable(beta) else None
-        self.constant_beta = None if callable(beta) else float(beta)
+        self.constant_beta = None if callable(beta) else as_number(beta)
         self.analytic_kl = analytic_kl
         self.warmup_epochs = float(getattr(beta, "epochs", 0.0))
-        if not self.beta >= 0:
-            raise ValueError(f"beta must be >= 0, got {beta!r}")
+        starts = self.schedule(0.0) if self.schedule is not None else self.beta
+        if not (0 <= starts < math.inf and 0 <= self.beta < math.inf):
+            raise ValueError(f"beta must be a finite number >= 0 or a function, got {beta!r}")
 
     @property
     def beta(self) -> float:
@@ -449,9 +453,3 @@ def _weight_gradient(z: Tensor, weights: Tensor) -> None:
     """Multiply the gradient that will reach z of shape (K, N, ...) by its weights, (K, N)."""
     weights = weights.reshape(*weights.shape, *[1] * (z.dim() - 2))
     z.register_hook(lambda gradient: gradient * weights)
-
-
-def _require_count(value: int, argument: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{argument} must be an int >= 1, got {value!r}")
-    return value

@@ -62,6 +62,14 @@ def numel(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
+def two_parameters(output: Tensor, dim: int, shape: str) -> tuple[Tensor, Tensor]:
+    """Split a network's output into its two parameters, or say which shape it should have."""
+    if not -output.dim() <= dim < output.dim() or output.shape[dim] != 2:
+        raise ValueError(f"network must have output of shape {shape}, got {tuple(output.shape)}")
+    first, second = output.unbind(dim)
+    return first, second
+
+
 def require_positive(value: float, argument: str) -> float:
     """Return ``value`` as a float if it is finite and > 0, or raise a ValueError."""
     if not 0 < as_number(value) < math.inf:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder
+from .datasets import as_tensor
 from .decoders import LIKELIHOODS, Decoder, GaussianDecoder
 from .encoders import GaussianEncoder, LinearGaussianPosterior, PointEncoder
 from .networks import MLP, network_from_code, network_to_code
-from .part import Shape, as_shape
+from .part import Shape, as_shape, require_count
 from .priors import (
     FlatPrior,
     FlowPrior,
@@ -81,17 +82,26 @@ class PPCA(Autoencoder):
         with eigenvalues λ and eigenvectors U of the 1/N covariance (Tipping & Bishop, 1999).
 
         Raises:
-            ValueError: ``x`` is no floating matrix of data, or has no variance beyond ``z_dim``
-                components, so that the likelihood is unbounded.
+            ValueError: ``x`` has the wrong shape or dtype, is empty or not finite, or has no
+                variance beyond ``z_dim`` components, so that the likelihood is unbounded.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
-            raise ValueError("x must be a floating tensor of shape (N, *x_shape)")
+        x = as_tensor(x, "x")
+        if x.dim() < 2:
+            raise ValueError(f"x must have shape (N, *x_shape), got {tuple(x.shape)}")
         pair = cls(tuple(x.shape[1:]), z_dim).to(x)
         flat = x.flatten(1).double()
         covariance = torch.cov(flat.T, correction=0)
         eigenvalues, vectors = torch.linalg.eigh(covariance)
         eigenvalues, vectors = eigenvalues.flip(0).clamp(min=0), vectors.flip(1)
         variance = eigenvalues[z_dim:].mean()
+        assert isinstance(pair.decoder, GaussianDecoder)
+        floor = pair.decoder.scale_min
+        if variance <= floor**2:
+            raise ValueError(
+                f"x must vary beyond its first z_dim={z_dim} principal components by more than the "
+                f"floor of the scale, {floor}, got a standard deviation of {variance.sqrt():.3g} "
+                "there; rescale x, lower z_dim, or take more data"
+            )
         weight = vectors[:, :z_dim] * (eigenvalues[:z_dim] - variance).clamp(min=0).sqrt()
         pair.set_parameters(weight, flat.mean(0), float(variance.sqrt()))
         return pair
@@ -101,13 +111,14 @@ class PPCA(Autoencoder):
         """Set W of shape (D, k), μ of shape (D,) and s of the decoder.
 
         Raises:
-            ValueError: a shape is wrong, or ``scale`` is not above the decoder's floor.
+            ValueError: a shape is wrong, a value is not finite, or ``scale`` is not above the
+                decoder's floor.
         """
         assert isinstance(self.decoder, GaussianDecoder)
         affine = self.decoder.affine()
         assert affine is not None
         for argument, value, own in (("weight", weight, affine[0]), ("mean", mean, affine[1])):
-            if value.shape != own.shape:
+            if as_tensor(value, argument).shape != own.shape:
                 raise ValueError(
                     f"{argument} must have shape {tuple(own.shape)}, got {tuple(value.shape)}"
                 )
@@ -220,9 +231,7 @@ class VAE(Autoencoder):
 
 
 def _dimensions(x_dim: Shape, z_dim: int) -> tuple[tuple[int, ...], int]:
-    if not isinstance(z_dim, int):
-        raise ValueError(f"z_dim must be a positive int, got {z_dim!r}")
-    return as_shape(x_dim, "x_dim"), as_shape(z_dim, "z_dim")[0]
+    return as_shape(x_dim, "x_dim"), require_count(z_dim, "z_dim")
 
 
 def _prior(
@@ -240,7 +249,7 @@ def _prior(
         "flow": FlowPrior,
         "flat": FlatPrior,
     }
-    if prior not in named:
+    if not isinstance(prior, str) or prior not in named:
         raise ValueError(
             f"prior must be a module or one of {', '.join([*named, 'vamp'])}, got {prior!r}"
         )
@@ -257,8 +266,10 @@ def _decoder(
     options: dict[str, Any] | None,
 ) -> Decoder:
     """Return the decoder of that likelihood on the mirror image of the encoder's network."""
-    if likelihood not in LIKELIHOODS:
+    if not isinstance(likelihood, str) or likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
+    if options is not None and not isinstance(options, dict):
+        raise ValueError(f"likelihood_options must be a dict of keywords, got {options!r}")
     decoder, keywords = LIKELIHOODS[likelihood], dict(options or {})
     classes = (keywords.pop("num_classes"),) if "num_classes" in keywords else ()
     try:

@@ -123,7 +123,8 @@ class VampPrior(Part):
             data after :meth:`Autoencoder.initialize`.
 
     Raises:
-        ValueError: from ``forward``, where the encoder is a point code, whose mixture is no density.
+        ValueError: ``components`` < 1; or, from ``forward``, the encoder is a point code, whose
+            mixture is no density.
 
     Reference:
         Tomczak & Welling, VAE with a VampPrior, 2018.
@@ -215,6 +216,8 @@ class BernoulliPrior(Part):
         >>> BernoulliPrior(3)().event_shape
         torch.Size([3])
     """
+
+    zeros: Tensor
 
     def __init__(self, z_dim: int, probability: float = 0.5) -> None:
         super().__init__()

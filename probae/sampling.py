@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from .autoencoder import Autoencoder, frozen
-from .checks import check_support
+from .checks import check_support, require_pair
 from .datasets import as_tensor
-from .distributions import is_flat
+from .distributions import is_flat, mean_of
+from .part import require_count
 
 
 class Samples(NamedTuple):
@@ -40,8 +41,8 @@ def sample(pair: Autoencoder, num_samples: int = 1, *, seed: int | None = None) 
         >>> x.shape, z.shape
         (torch.Size([5, 8]), torch.Size([5, 2]))
     """
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples must be an int >= 1, got {num_samples!r}")
+    require_pair(pair)
+    num_samples = require_count(num_samples, "num_samples")
     if is_flat(pair.prior()):
         raise ValueError(
             f"pair is of kind {pair.kind.value}: nothing can be drawn from its flat prior; give it "
@@ -54,6 +55,8 @@ def sample(pair: Autoencoder, num_samples: int = 1, *, seed: int | None = None) 
 
 def reconstruct(pair: Autoencoder, x: Tensor | Any) -> Distribution:
     r"""Return p(x'|z) at the mean code of each datum, :math:`z = E_{q(z|x)}[z]`.
+
+    Where the encoder's distribution has no mean in closed form, it is that of 100 draws.
 
     Args:
         pair: the pair; a corruption is not applied.
@@ -70,7 +73,8 @@ def reconstruct(pair: Autoencoder, x: Tensor | Any) -> Distribution:
         >>> probae.reconstruct(probae.VAE(8, 2), torch.ones(5, 8)).mean.shape
         torch.Size([5, 8])
     """
+    require_pair(pair)
     data = as_tensor(x, "x").to(pair.device, pair.dtype)
     check_support(pair, data, "x", binarize=False, strict=False)
     with frozen(pair, seed=0):
-        return pair.decoder(pair.encoder(data).mean)
+        return pair.decoder(mean_of(pair.encoder(data)))

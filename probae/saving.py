@@ -7,13 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, load_model, save_model
+from torch import Tensor, nn
 
 from . import corruptions, decoders, encoders, networks, presets, priors
 from .autoencoder import Autoencoder
+from .checks import require_pair
 from .part import Part
 
 FORMAT = "probae/1"
@@ -31,7 +33,8 @@ def save(pair: Autoencoder, path: str | os.PathLike[str]) -> Path:
     """Write a pair to the folder ``path``: ``pair.json`` and ``pair.safetensors``.
 
     Both files are written beside their place and then moved, so a folder never holds half a file.
-    A pair with parts of your own is saved too; :func:`load` then needs a pair to load into.
+    A pair with parts of your own, or with parts that were replaced or given other settings after
+    they were built, is saved too; :func:`load` then needs a pair to load into.
 
     Args:
         pair: the pair.
@@ -50,10 +53,10 @@ def save(pair: Autoencoder, path: str | os.PathLike[str]) -> Path:
         >>> type(pair).__name__
         'VAE'
     """
+    require_pair(pair)
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path must be a folder, got the file {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     recipe = {
         "format": FORMAT,
         "pair": _recipe(pair),
@@ -62,12 +65,16 @@ def save(pair: Autoencoder, path: str | os.PathLike[str]) -> Path:
         "x_shape": pair.x_shape,
         "z_shape": pair.z_shape,
     }
-    tensors = folder / (TENSORS + ".part")
-    save_model(pair, str(tensors))
-    text = folder / (RECIPE + ".part")
-    text.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-    os.replace(tensors, folder / TENSORS)
-    os.replace(text, folder / RECIPE)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, text = folder / (TENSORS + ".part"), folder / (RECIPE + ".part")
+    try:
+        save_model(pair, str(tensors))
+        text.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        os.replace(tensors, folder / TENSORS)
+        os.replace(text, folder / RECIPE)
+    finally:
+        tensors.unlink(missing_ok=True)
+        text.unlink(missing_ok=True)
     return folder
 
 
@@ -80,8 +87,8 @@ def load(
 
     Args:
         path: folder that :func:`save` wrote.
-        pair: a pair of the same structure to load the parameters into, for pairs with parts of
-            your own; without it, the pair is rebuilt.
+        pair: a pair of the same structure and dtype to load the parameters into, for pairs with
+            parts of your own; without it, the pair is rebuilt. A load that fails leaves it alone.
         device: where to put it.
 
     Raises:
@@ -110,15 +117,41 @@ def load(
     if pair is None:
         if recipe.get("pair") is None:
             raise ValueError(
-                f"{folder} holds a pair with parts that are not probae's own; build the same pair "
-                "and pass it: probae.load(path, pair=...)"
+                f"{folder} holds a pair with parts that are not probae's own, or that were changed "
+                "after they were built; build the same pair and pass it: probae.load(path, pair=...)"
             )
         pair = _rebuild(recipe, folder / RECIPE)
-    try:
-        load_model(pair, str(folder / TENSORS), strict=True, device=device)
-    except (RuntimeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{folder / TENSORS} does not fit the pair: {error}") from error
+    require_pair(pair)
+    _check_tensors(folder / TENSORS, pair)
+    load_model(pair, str(folder / TENSORS), strict=True, device=device)
     return pair.to(device)
+
+
+def _check_tensors(file: Path, pair: Autoencoder) -> None:
+    """Compare names, shapes and dtypes before anything of the pair is overwritten."""
+    try:
+        saved = load_file(str(file))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    wanted = pair.state_dict()
+    for name in sorted({*saved, *wanted}):
+        alias = name not in saved and any(_same(wanted[name], wanted.get(other)) for other in saved)
+        if alias:  # of a shared tensor, one name is in the file
+            continue
+        found = [_describe_tensor(tensors.get(name)) for tensors in (wanted, saved)]
+        if found[0] != found[1]:
+            raise ValueError(
+                f"{file} does not fit the pair: {name} must be {found[0]}, got {found[1]}; load it "
+                "into a pair of the same structure and dtype"
+            )
+
+
+def _same(tensor: Tensor, other: Tensor | None) -> bool:
+    return other is not None and tensor.data_ptr() == other.data_ptr()
+
+
+def _describe_tensor(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 def _rebuild(recipe: dict[str, Any], file: Path) -> Autoencoder:
@@ -128,8 +161,8 @@ def _rebuild(recipe: dict[str, Any], file: Path) -> Autoencoder:
     try:
         with torch.random.fork_rng(devices=[]):
             pair = _build(recipe["pair"], {})
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{file} does not describe a pair: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{file} does not describe a pair: {error!r}") from error
     if not isinstance(pair, Autoencoder):
         raise ValueError(f"{file} must describe an Autoencoder, got {type(pair).__name__}")
     return pair.to(dtype)
@@ -140,7 +173,7 @@ def _recipe(pair: Autoencoder) -> Any:
     try:
         recipe = _describe(pair, {})
         with torch.random.fork_rng(devices=[]):
-            twin = _build(json.loads(json.dumps(recipe)), {})
+            twin = _build(json.loads(json.dumps(recipe)), {}).to(pair.dtype)
     except (_NotPlain, ValueError, TypeError, KeyError, RuntimeError):
         return None
     return recipe if _structure(twin) == _structure(pair) else None
@@ -165,6 +198,8 @@ def _describe(value: Any, seen: dict[int, int]) -> Any:
         return {"dict": {str(key): _describe(v, seen) for key, v in value.items()}}
     if isinstance(value, list | tuple):
         return [_describe(v, seen) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise _NotPlain
@@ -189,7 +224,18 @@ def _build(recipe: Any, built: dict[int, Any]) -> Any:
     return part
 
 
-def _structure(pair: nn.Module) -> list[tuple[str, Any]]:
-    modules = [(name, type(module)) for name, module in pair.named_modules()]
-    tensors = [(name, tensor.shape) for name, tensor in pair.state_dict().items()]
+def _structure(pair: nn.Module) -> list[tuple[Any, ...]]:
+    """Everything about a pair that its tensors do not say: parts, their settings, names, shapes."""
+    modules = [(name, type(m), _settings(m)) for name, m in pair.named_modules()]
+    tensors = [(name, t.shape, t.dtype) for name, t in pair.state_dict().items()]
     return [*modules, *tensors]
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Plain attributes, such as a rate that was changed after construction."""
+    plain = bool | int | float | str | tuple
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and not name.startswith("_") and name != "training"
+    }

@@ -5,25 +5,26 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.infer
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from .autoencoder import Autoencoder, Kind, frozen, local_parameters, seeded
-from .checks import check_support, chunks, likelihood_of
+from .checks import check_support, chunks, likelihood_of, require_pair
 from .datasets import as_tensor
-from .distributions import GreyBernoulli
+from .distributions import GreyBernoulli, mean_of
 from .objectives import ELBO, PerDatumObjective, elbo_terms
-from .part import require_positive
+from .part import require_count, require_positive
 
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
 
@@ -89,8 +90,8 @@ def fit(
         epochs: passes over the data.
         batch_size: data per step; the last, smaller batch of an epoch is used too.
         lr: learning rate at the start.
-        objective: a :class:`pyro.infer.ELBO`, such as :class:`ELBO`, :class:`IWAE` or Pyro's own;
-            default ``ELBO()``.
+        objective: a :class:`pyro.infer.ELBO` with a ``differentiable_loss``, such as :class:`ELBO`,
+            :class:`IWAE`, or Pyro's ``Trace_ELBO`` and ``TraceMeanField_ELBO``; default ``ELBO()``.
         binarize: draw x ~ Bernoulli(x) anew at every presentation (dynamic binarisation;
             Salakhutdinov & Murray, 2008); validation data are binarised once.
         schedule: ``"constant"``, ``"cosine"`` (to 0 over all steps), or a function of the optimizer
@@ -108,8 +109,9 @@ def fit(
     Raises:
         ValueError: data of the wrong shape, dtype or support, empty, or not finite; an argument
             out of range; ``patience`` without ``val``; an objective that the pair does not allow.
-        FloatingPointError: the loss became NaN or infinite. The message names the site, and the
-            pair has the parameters of the last good epoch.
+        FloatingPointError: the loss, a parameter, or what an epoch measured became NaN or infinite.
+            The message names the site. After this or any other error that training meets, the pair
+            has the parameters of the last good epoch.
 
     Example:
         >>> import torch, probae
@@ -118,10 +120,9 @@ def fit(
         >>> len(run.history["elbo"])
         2
     """
-    _check_arguments(epochs, batch_size, lr, patience, clip_norm, val)
+    _check_arguments(pair, epochs, batch_size, lr, patience, clip_norm, val)
     objective = ELBO() if objective is None else objective
-    if not isinstance(objective, pyro.infer.ELBO):
-        raise ValueError(f"objective must be a pyro.infer.ELBO, got {type(objective).__name__}")
+    _check_objective(objective)
     warmup = getattr(objective, "warmup_epochs", 0.0)
     data = _Data(pair, x, "x", binarize)
     devices = {pair.device}
@@ -135,9 +136,12 @@ def fit(
         parameters = [p for p in pair.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("pair has no parameters that require gradients: nothing to train")
-        optim = (optimizer or partial(torch.optim.Adam, fused=True))(parameters, lr=lr)
+        optim = _optimizer(optimizer or partial(torch.optim.Adam, fused=True), parameters, lr)
         scheduler = _scheduler(schedule, optim, epochs * steps_per_epoch)
         best = _Best(pair)
+        stack.enter_context(best.kept_on_error())
+        if isinstance(objective, PerDatumObjective):
+            stack.callback(setattr, objective, "epoch", math.inf)
         columns = _columns(held_out is not None)
         history: dict[str, list[float]] = {name: [] for name in columns}
         stopped_early = False
@@ -153,19 +157,21 @@ def fit(
                     objective.epoch = epoch - 1 + step / steps_per_epoch
                 batch = data.batch(index)
                 random_state = torch.get_rng_state()
-                # the first step runs under Pyro's own checks, the others without their cost
-                with pyro.validation_enabled(epoch == 1 and step == 0):
-                    loss = objective.differentiable_loss(pair.model, pair.guide, batch) / len(batch)
-                losses.append(float(loss.detach()) * len(batch))
+                try:
+                    # the first step runs under Pyro's own checks, the others without their cost
+                    with pyro.validation_enabled(epoch == 1 and step == 0):
+                        loss = objective.differentiable_loss(pair.model, pair.guide, batch)
+                    losses.append(float(loss.detach()))
+                except ValueError:  # those checks refuse NaN, but name no site
+                    if _fault(pair, batch) is None:
+                        raise
+                    losses.append(math.nan)
                 if not math.isfinite(losses[-1]):
                     torch.set_rng_state(random_state)
-                    reason = _diagnose(pair, batch)
-                    best.restore_last()
-                    raise FloatingPointError(
-                        f"loss became {losses[-1] / len(batch)} at epoch {epoch}, step {step + 1}: "
-                        f"{reason}. The pair has its parameters of epoch {best.last_epoch} again; "
-                        "lower lr, set clip_norm, or raise the floor of the scale"
-                    )
+                    mean = losses[-1] / len(batch)
+                    what = f"loss became {mean} at epoch {epoch}, step {step + 1}"
+                    raise best.error(what, _fault(pair, batch))
+                loss = loss / len(batch)
                 optim.zero_grad(set_to_none=True)
                 loss.backward()
                 if clip_norm is not None:
@@ -176,6 +182,8 @@ def fit(
                 bar.update()
             if isinstance(objective, PerDatumObjective):
                 objective.epoch = float(epoch)
+            if (broken := _broken_parameter(pair)) is not None:
+                raise best.error(f"training diverged in epoch {epoch}", broken)
             row = {
                 "epoch": epoch,
                 "loss": sum(losses) / len(data),
@@ -186,6 +194,10 @@ def fit(
             }
             if held_out is not None:
                 row["val_loss"] = _objective_loss(pair, objective, held_out)
+            for name in ("elbo", "val_loss"):
+                if not math.isfinite(row.get(name, 0.0)):
+                    what = f"{name} became {row[name]} at the end of epoch {epoch}"
+                    raise best.error(what, _fault(pair, monitor))
             for name in columns:
                 history[name].append(float(row[name]))
             bar.set_postfix_str(_progress_text(row))
@@ -194,8 +206,6 @@ def fit(
             if patience is not None and best.epochs_without_gain(epoch, warmup) >= patience:
                 stopped_early = True
                 break
-        if isinstance(objective, PerDatumObjective):
-            objective.epoch = math.inf
         best.restore()
     return Run(
         history=history,
@@ -214,7 +224,7 @@ def active_units(pair: Autoencoder, x: Tensor, threshold: float = 0.01) -> int:
     r"""Number of latent dimensions that vary with x: :math:`Var_x\,E_{q(z|x)}[z_i] > threshold`.
 
     Raises:
-        ValueError: ``x`` has the wrong shape or dtype.
+        ValueError: ``x`` has the wrong shape or dtype, is empty, or is not finite.
 
     Reference:
         Burda, Grosse & Salakhutdinov, Importance weighted autoencoders, 2016.
@@ -224,9 +234,10 @@ def active_units(pair: Autoencoder, x: Tensor, threshold: float = 0.01) -> int:
         >>> probae.active_units(probae.VAE(8, 2), torch.rand(64, 8)) <= 2
         True
     """
-    pair.check_input(x)
+    require_pair(pair)
+    data = pair.check_input(_to_pair(pair, as_tensor(x, "x")))
     with frozen(pair, seed=0):
-        return _active_units(pair, x.to(pair.device, pair.dtype), threshold)
+        return _active_units(pair, data, require_positive(threshold, "threshold"))
 
 
 class _Data:
@@ -257,10 +268,22 @@ class _Data:
     def _items(self, index: Tensor) -> Tensor:
         dataset = self.dataset
         assert dataset is not None
-        items = [dataset[i] for i in index.tolist()]
-        tensors = [item[0] if isinstance(item, tuple | list) else item for item in items]
-        stacked = torch.stack([torch.as_tensor(t) for t in tensors])
-        return _to_pair(self.pair, as_tensor(stacked, self.argument))
+        items = []
+        for i in index.tolist():
+            item = dataset[i]
+            item = item[0] if isinstance(item, tuple | list) and item else item
+            if not isinstance(item, Tensor | np.ndarray):
+                raise ValueError(
+                    f"{self.argument}[{i}] must be a tensor or a tuple that begins with one, got "
+                    f"{type(item).__name__}; give the Dataset a transform to tensors"
+                )
+            items.append(torch.as_tensor(item))
+            if tuple(items[-1].shape) != self.pair.x_shape:
+                raise ValueError(
+                    f"{self.argument}[{i}] must have the shape {self.pair.x_shape} of one datum, "
+                    f"got {tuple(items[-1].shape)}"
+                )
+        return _to_pair(self.pair, as_tensor(torch.stack(items), self.argument))
 
     def _check(self, x: Tensor) -> None:
         check_support(self.pair, x, self.argument, binarize=self.binarize, strict=False)
@@ -289,14 +312,33 @@ class _Best:
     def restore(self) -> None:
         self.pair.load_state_dict(self.state)
 
-    def restore_last(self) -> None:
-        self.pair.load_state_dict(self.last)
+    @contextlib.contextmanager
+    def kept_on_error(self) -> Iterator[None]:
+        """Give the pair its parameters of the last good epoch again where training fails."""
+        try:
+            yield
+        except torch.linalg.LinAlgError as error:
+            fault = _broken_parameter(self.pair) or str(error)
+            self.pair.load_state_dict(self.last)
+            raise self.error("a matrix lost its rank, or is not finite", fault) from error
+        except Exception:
+            self.pair.load_state_dict(self.last)
+            raise
+
+    def error(self, what: str, fault: str | None) -> FloatingPointError:
+        """Return the error for a run that left the finite numbers."""
+        fault = fault or "no single site is at fault on a second look; the objective overflowed"
+        return FloatingPointError(
+            f"{what}: {fault}. The pair has its parameters of epoch {self.last_epoch} again; lower "
+            "lr, set clip_norm, or raise the floor of the scale"
+        )
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.pair.state_dict().items()}
 
 
 def _check_arguments(
+    pair: Any,
     epochs: int,
     batch_size: int,
     lr: float,
@@ -304,23 +346,56 @@ def _check_arguments(
     clip_norm: float | None,
     val: Any,
 ) -> None:
-    for argument, count in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-        if argument == "patience" and count is None:
-            continue
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{argument} must be an int >= 1, got {count!r}")
+    require_pair(pair)
+    require_count(epochs, "epochs")
+    require_count(batch_size, "batch_size")
     require_positive(lr, "lr")
     if clip_norm is not None:
         require_positive(clip_norm, "clip_norm")
-    if patience is not None and val is None:
-        raise ValueError("patience needs validation data: pass val, or leave patience=None")
+    if patience is not None:
+        require_count(patience, "patience")
+        if val is None:
+            raise ValueError("patience needs validation data: pass val, or leave patience=None")
+
+
+def _check_objective(objective: Any) -> None:
+    if not isinstance(objective, pyro.infer.ELBO):
+        raise ValueError(f"objective must be a pyro.infer.ELBO, got {type(objective).__name__}")
+    if not hasattr(objective, "differentiable_loss"):
+        raise ValueError(
+            f"objective must have a differentiable_loss, which {type(objective).__name__} lacks; "
+            "use probae.ELBO (any pair), probae.IWAE (for RenyiELBO), or train with pyro.infer.SVI"
+        )
+
+
+def _optimizer(
+    make: Callable[..., torch.optim.Optimizer], parameters: list[nn.Parameter], lr: float
+) -> torch.optim.Optimizer:
+    if not callable(make) or isinstance(make, pyro.optim.PyroOptim):
+        raise ValueError(
+            "optimizer must be called with parameters and lr, such as torch.optim.Adam or a "
+            f"functools.partial of it, got {make!r}"
+        )
+    optim = make(parameters, lr=lr)
+    if not isinstance(optim, torch.optim.Optimizer) or isinstance(optim, torch.optim.LBFGS):
+        raise ValueError(
+            "optimizer must make a torch.optim.Optimizer that steps without a closure, got "
+            f"{type(optim).__name__}"
+        )
+    return optim
 
 
 def _scheduler(
     schedule: str | Schedule, optim: torch.optim.Optimizer, steps: int
 ) -> LRScheduler | None:
     if callable(schedule):
-        return schedule(optim)
+        scheduler = schedule(optim)
+        if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "schedule must return a torch scheduler that steps without a metric, got "
+                f"{type(scheduler).__name__}"
+            )
+        return scheduler
     if schedule == "constant":
         return None
     if schedule == "cosine":
@@ -353,7 +428,7 @@ def _measure(pair: Autoencoder, x: Tensor, rows: int = 1000) -> dict[str, float]
 
 
 def _active_units(pair: Autoencoder, x: Tensor, threshold: float) -> int:
-    code = pair.encoder(x).mean  # (N, z_dim)
+    code = mean_of(pair.encoder(x))  # (N, z_dim)
     return int((code.var(0, correction=0) > threshold).sum())
 
 
@@ -371,11 +446,18 @@ def _objective_loss(pair: Autoencoder, objective: pyro.infer.ELBO, x: Tensor) ->
     return total / len(x)
 
 
-def _diagnose(pair: Autoencoder, x: Tensor) -> str:
-    """Name the parameter or site where a loss stopped being finite."""
+def _broken_parameter(pair: Autoencoder) -> str | None:
+    """Name a parameter that is not finite, and the site of its part."""
     for name, parameter in pair.named_parameters():
         if not parameter.isfinite().all():
-            return f"parameter {name} is not finite{_site_of(pair, name)}"
+            return f"parameter {name} is not finite{_site_of(name)}"
+    return None
+
+
+def _fault(pair: Autoencoder, x: Tensor) -> str | None:
+    """Name the parameter or the site where a loss stopped being finite."""
+    if (broken := _broken_parameter(pair)) is not None:
+        return broken
     with torch.no_grad(), pyro.validation_enabled(False):
         guide = poutine.trace(pair.guide).get_trace(x)
         model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(x)
@@ -388,10 +470,10 @@ def _diagnose(pair: Autoencoder, x: Tensor) -> str:
                 return f"site {name!r} of the {program} drew a value that is not finite"
             if not torch.as_tensor(log_prob).isfinite().all():
                 return f"site {name!r} of the {program} has a log-probability that is not finite"
-    return "no single site is at fault on a second look; the objective itself overflowed"
+    return None
 
 
-def _site_of(pair: Autoencoder, parameter: str) -> str:
+def _site_of(parameter: str) -> str:
     """Name the site whose distribution a parameter belongs to."""
     sites = {"prior": "z", "encoder": "z", "decoder": "x", "corruption": "x_tilde"}
     part = parameter.split(".")[0]
@@ -418,8 +500,8 @@ def _progress_text(row: dict[str, float]) -> str:
 
 
 def _is_map_style(x: Any) -> bool:
-    return isinstance(x, Dataset) and hasattr(x, "__getitem__") and hasattr(x, "__len__")
+    return isinstance(x, Dataset) and not isinstance(x, IterableDataset) and hasattr(x, "__len__")
 
 
 def _to_pair(pair: Autoencoder, x: Tensor) -> Tensor:
-    return x.to(pair.device, pair.dtype)
+    return x.detach().to(pair.device, pair.dtype)

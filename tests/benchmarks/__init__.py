@@ -1,0 +1,1 @@
+"""Experiments that make README's tables; each runs as a script and as a slow test."""

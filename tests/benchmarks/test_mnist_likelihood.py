@@ -1,0 +1,37 @@
+"""The MNIST table of README, as a test that takes about half an hour on two cores."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from . import mnist_likelihood
+
+
+@pytest.fixture
+def mnist(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "PROBAE_DATA" not in os.environ:
+        shared = Path(__file__).parents[3] / "shared" / "data"
+        if not (shared / "mnist").is_dir():
+            pytest.skip("set PROBAE_DATA to a folder that holds mnist/*.gz")
+        monkeypatch.setenv("PROBAE_DATA", str(shared))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mnist")
+def test_mnist_likelihoods_within_sixty_epochs() -> None:
+    result = mnist_likelihood.run()
+    print(mnist_likelihood.table(result))
+    assert result["epochs"] <= 60
+    assert result["images"] == 10_000
+    assert result["num_samples"] == 5000
+    assert result["models"]["VAE"]["nll"] <= 90.5
+    assert result["iwae_minus_vae"] >= 1.0
+    assert result["peak_memory_gib"] < 2.0
+
+
+@pytest.mark.usefixtures("mnist")
+def test_the_experiment_runs_end_to_end_in_small() -> None:
+    result = mnist_likelihood.run(epochs=1, num_samples=20, limit=50)
+    assert 90 < result["models"]["VAE"]["nll"] < 250
+    assert "IWAE(5)" in mnist_likelihood.table(result)
