@@ -146,7 +146,7 @@ def log_likelihood(
     rows = max(1, CHUNK_BYTES // (data.element_size() * _widest(pair)))
     results = []
     with frozen(pair, seed), tqdm(total=len(data), disable=not progress, unit="datum") as bar:
-        for chunk in data.split(max(1, rows // samples)):
+        for chunk in data.split(max(min(64, rows), rows // samples)):
             streaming = _StreamingWeights(samples, chunk)
             for count in _counts(samples, max(1, rows // len(chunk))):
                 streaming.add(log_weights(pair.model, guide, chunk, num_particles=count))
