@@ -25,7 +25,14 @@ _COUNTERS: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
 
 
 class Kind(str, enum.Enum):
-    """What the loss of a pair certifies about log p(x); it decides which numbers may be printed."""
+    """What the loss of a pair certifies about log p(x); it decides which numbers may be printed.
+
+    Example:
+        >>> Kind.MAP_JOINT.is_lower_bound, Kind.DISCRETE_POINT.is_lower_bound
+        (False, True)
+        >>> Kind.DISCRETE_POINT.statement
+        '-loss = log p(x, z) <= log p(x), a lower bound because z is discrete'
+    """
 
     ELBO = "ELBO"
     IWELBO = "IWELBO"
@@ -131,10 +138,11 @@ class Autoencoder(Part, PyroModule):
         """Pyro program p(z) p(x|z) with ``x`` of shape (N, *x_shape) observed; returns z."""
         self._enter(x)
         with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", self.prior())
-            pyro.sample("x", self.decoder(z), obs=x)
+            # x_tilde comes first, as in the guide: TraceMeanField_ELBO compares the order of sites
             if self.corruption is not None:
                 pyro.sample("x_tilde", self.corruption(x))
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", self.decoder(z), obs=x)
         return z
 
     def guide(self, x: Tensor) -> Tensor:
@@ -147,8 +155,18 @@ class Autoencoder(Part, PyroModule):
 
     @property
     def kind(self) -> Kind:
-        """What the loss certifies, derived from the distributions that the parts return."""
+        """What the loss certifies, derived from the distributions that the parts return.
+
+        Raises:
+            ValueError: parts that were replaced and do not fit together, or have other shapes.
+        """
         dry = self._dry_run()
+        shapes = tuple(dry["decoder"].event_shape), tuple(dry["prior"].event_shape)
+        if shapes != (self.x_shape, self.z_shape):
+            raise ValueError(
+                f"parts must keep x_shape {self.x_shape} and z_shape {self.z_shape}, got "
+                f"{shapes[0]} and {shapes[1]}; build a new pair for other shapes"
+            )
         point, flat = is_point(dry["encoder"]), is_flat(dry["prior"])
         if not point:
             return Kind.ENERGY if flat else Kind.ELBO
@@ -218,12 +236,6 @@ class Autoencoder(Part, PyroModule):
                 del store[name]
             pyro.param(name, parameter)
 
-    def __getattr__(self, name: str) -> Any:
-        # PyroModule would register a plain part once more, under a name that still holds the
-        # tensors of the original in a copy of a pair, which SVI would then move
-        part = self.__dict__.get("_modules", {}).get(name)
-        return super().__getattr__(name) if part is None or isinstance(part, PyroModule) else part
-
     def _any_tensor(self) -> Tensor:
         for tensor in itertools.chain(self.parameters(), self.buffers()):
             if tensor.is_floating_point():
@@ -233,22 +245,16 @@ class Autoencoder(Part, PyroModule):
     def _dry_run(self) -> dict[str, Any]:
         """Run the parts on three data; check each distribution's shape; change no state."""
         with frozen(self, seed=0):
-            prior = _call("prior", self.prior)
+            prior, z = _draw("prior()", self.prior, sample_shape=(3,))
             _expect("prior()", prior, Size(), prior.event_shape)
-            with _naming("decoder", f"z of shape {(3, *prior.event_shape)}"):
-                decoder = self.decoder(prior.sample(Size((3,))))
-                x = decoder.sample().to(self.dtype)
+            decoder, x = _draw("decoder(z)", self.decoder, z)
             _expect("decoder(z)", decoder, Size((3,)), decoder.event_shape)
-            x_tilde = x
+            x_tilde = x = x.to(self.dtype)
             if self.corruption is not None:
-                with _naming("corruption", f"x of shape {tuple(x.shape)}"):
-                    corruption = self.corruption(x)
-                    x_tilde = corruption.sample()
+                corruption, x_tilde = _draw("corruption(x)", self.corruption, x)
                 _expect("corruption(x)", corruption, Size((3,)), x.shape[1:])
-            with _naming("encoder", f"x of shape {tuple(x.shape)}, which the decoder makes"):
-                encoder = self.encoder(x_tilde)
+            encoder, codes = _draw("encoder(x)", self.encoder, x_tilde, sample_shape=(16,))
             _expect("encoder(x)", encoder, Size((3,)), prior.event_shape)
-            codes = encoder.sample(Size((16,)))
             outside = codes.isfinite().all() and not prior.support.check(codes).all()
         if not is_point(encoder) and is_discrete(encoder) != is_discrete(prior):
             kinds = ["discrete" if is_discrete(d) else "continuous" for d in (encoder, prior)]
@@ -303,17 +309,28 @@ def local_parameters() -> Iterator[None]:
 @contextlib.contextmanager
 def seeded(seed: int, devices: set[torch.device]) -> Iterator[None]:
     """Seed torch's generators inside the block and put the random streams back after it."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise ValueError(f"seed must be an int, or None for the global stream, got {seed!r}")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not abs(seed) < 2**63:
+        raise ValueError(f"seed must be a 64-bit int, or None for the global stream, got {seed!r}")
     cuda = [d for d in devices if d.type == "cuda"]
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(int(seed))
         yield
 
 
-def _call(name: str, part: nn.Module, *args: Tensor) -> Any:
-    with _naming(name, "no argument"):
-        return part(*args)
+def _draw(
+    call: str, part: nn.Module, *args: Tensor, sample_shape: tuple[int, ...] = ()
+) -> tuple[Any, Tensor]:
+    """Call a part, check that it returns a distribution, and draw from that."""
+    given = f"{call[-2]} of shape {tuple(args[0].shape)}" if args else "no argument"
+    with _naming(call.split("(")[0], given):
+        distribution = part(*args)
+    if not isinstance(distribution, torch.distributions.Distribution):
+        raise ValueError(
+            f"{call} must return a torch.distributions.Distribution, got "
+            f"{type(distribution).__name__}"
+        )
+    with _naming(call.split("(")[0], given):
+        return distribution, distribution.sample(Size(sample_shape))
 
 
 @contextlib.contextmanager
@@ -330,11 +347,6 @@ def _naming(name: str, given: str) -> Iterator[None]:
 
 def _expect(call: str, distribution: Any, batch_shape: Size, event_shape: Size) -> None:
     """Check that a part returned a distribution of these shapes."""
-    if not isinstance(distribution, torch.distributions.Distribution):
-        raise ValueError(
-            f"{call} must return a torch.distributions.Distribution, got "
-            f"{type(distribution).__name__}"
-        )
     if distribution.batch_shape != batch_shape or distribution.event_shape != event_shape:
         raise ValueError(
             f"{call} must return a distribution of batch shape {tuple(batch_shape)} and event "

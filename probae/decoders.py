@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 
 class Decoder(Part):
-    """What the decoders of this module share: a network, and the shape of its output."""
+    """What the decoders of this module share: a network, and the shape of its output.
+
+    Example:
+        >>> from probae import LIKELIHOODS
+        >>> all(issubclass(decoder, Decoder) for decoder in LIKELIHOODS.values())
+        True
+    """
 
     num_parameters: int = 1
 

@@ -26,7 +26,14 @@ CHUNK_BYTES = 4 * 2**20  # widest activation of one pass through the decoder; fi
 
 
 class LogLikelihood(NamedTuple):
-    """Log-likelihood of each datum, in nats, and how far it can be believed."""
+    """Log-likelihood of each datum, in nats, and how far it can be believed.
+
+    Example:
+        >>> import torch, probae
+        >>> ll = probae.log_likelihood(probae.PPCA(5, 2), torch.zeros(4, 5))
+        >>> ll.method, ll.is_bound, ll.std_error.tolist()
+        ('exact', False, [0.0, 0.0, 0.0, 0.0])
+    """
 
     values: Tensor  # (N,) nats per datum
     std_error: Tensor  # (N,) Monte Carlo standard error of each value; 0 where it is exact

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
@@ -42,7 +43,8 @@ class Terms(NamedTuple):
     kl_method: dict[str, str]  # site -> "analytic" | "monte carlo"
 
 
-class LinearWarmup(NamedTuple):
+@dataclass(frozen=True)
+class LinearWarmup:
     """Weight of the KL that rises linearly: ``start`` at epoch 0 to ``end`` at epoch ``epochs``.
 
     Reference:

@@ -19,6 +19,19 @@ class Part(nn.Module):
     ``forward`` of a part of a pair returns a :class:`torch.distributions.Distribution`. The
     remembered arguments are what :func:`probae.save` writes as JSON, so they have to be plain
     values (numbers, strings, booleans, ``None``, sequences of these) or parts.
+
+    Example:
+        >>> import torch, probae
+        >>> class Bits(probae.Part):
+        ...     def __init__(self, z_dim: int) -> None:
+        ...         super().__init__()
+        ...         self.logits = torch.nn.Parameter(torch.zeros(z_dim))
+        ...
+        ...     def forward(self) -> torch.distributions.Distribution:
+        ...         bits = torch.distributions.Bernoulli(logits=self.logits)
+        ...         return torch.distributions.Independent(bits, 1)
+        >>> Bits(3)().event_shape
+        torch.Size([3])
     """
 
     _arguments: dict[str, Any]

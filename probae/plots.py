@@ -63,7 +63,7 @@ def loss_curve(
     losses, terms, units = figure.subplots(1, 3)
     one = {"marker": "o"} if len(epochs) == 1 else {}
 
-    losses.set_title(_loss_name(run))
+    losses.set_title(_loss_name(run, history["beta"][-1]))
     losses.plot(epochs, history["loss"], color="C0", label=f"training{_beta(history)}", **one)
     if has_val:
         losses.plot(epochs, history["val_loss"], color="C1", label="validation", **one)
@@ -72,27 +72,33 @@ def loss_curve(
     bound = run is None or run.kind.is_lower_bound
     terms.set_title(f"terms of the {'ELBO' if bound else 'loss'}, on {monitored} data")
     distortion = [-value for value in history["reconstruction"]]
-    terms.plot(epochs, distortion, color="C2", label="distortion, $-E_q$ log p(x|z)", **one)
+    of_x, of_z = _term_labels(run)
+    terms.plot(epochs, distortion, color="C2", label=of_x, **one)
     if any(history["kl"]):  # a flat prior has no such term
-        terms.plot(epochs, history["kl"], color="C3", label=_rate_label(run), **one)
+        terms.plot(epochs, history["kl"], color="C3", label=of_z, **one)
     terms.set_ylabel("nats per datum")
 
     units.set_title(f"active units, on {monitored} data")
     units.plot(epochs, history["active_units"], color="C4", drawstyle="steps-mid", **one)
     units.set_ylabel("latent dimensions whose mean varies")
-    units.set_ylim(0, max(*history["active_units"], 1) * 1.08)
-    units.yaxis.set_major_locator(MaxNLocator(integer=True))
+    most = max(*history["active_units"], 1)
+    units.set_ylim(-0.05 * most, 1.05 * most)
+    units.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
     for axes in (losses, terms, units):
+        axes.set_title(axes.get_title(), fontsize="medium")
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.3)
+        if len(epochs) == 1:
+            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
         if run is not None and run.best_epoch >= 1:
             label = f"parameters kept: epoch {run.best_epoch}" if axes is losses else None
             axes.axvline(run.best_epoch, color="0.3", linestyle="--", linewidth=1, label=label)
     for axes in (losses, terms):
         axes.legend(fontsize="small")
-    _set_title(figure, title)
+    if title:
+        figure.suptitle(title, parse_math=False)
     return figure
 
 
@@ -131,13 +137,13 @@ def reconstructions(
     _require_count(columns, "columns")
     shown = pair.check_input(x)[:columns]
     rows = np.stack([_images(shown), _images(_mean(reconstruct(pair, shown)))])
-    figure, axes = _mosaic(rows, limits, inches=max(1.0, 0.9 * len(shown)), margin=1.4)
+    if title is None:
+        title = f"{type(pair).__name__}: data and reconstructions"
+    inches = max(1.0, 0.9 * len(shown))
+    figure, axes = _mosaic(rows, limits, title, inches, margin=1.4)
     height, gap = rows.shape[2], _gap(rows)
     axes.set_yticks([(height - 1) / 2, height + gap + (height - 1) / 2])
     axes.set_yticklabels(["data", "reconstruction\n(decoder mean)"])
-    _set_title(
-        figure, f"{type(pair).__name__}: data and reconstructions" if title is None else title
-    )
     return figure
 
 
@@ -183,17 +189,18 @@ def samples(
     rows = math.ceil(len(images) / columns)
     blank = np.full((rows * columns - len(images), *images.shape[1:]), np.nan)
     grid = np.concatenate([images, blank]).reshape(rows, columns, *images.shape[1:])
-    figure, axes = _mosaic(grid, limits, inches=min(max(0.75 * columns, 3.0), 24.0), margin=0.2)
+    if title is None:
+        what = "decoder means at" if mean else "draws from the decoder at"
+        count = f"{num_samples} samples" if num_samples > 1 else "one sample"
+        title = f"{type(pair).__name__}: {what} {count} of the prior"
+    inches = min(max(0.75 * columns, 3.0), 24.0)
+    figure, axes = _mosaic(grid, limits, title, inches, margin=0.2)
     axes.set_yticks([])
-    what = "decoder means at" if mean else "draws from the decoder at"
-    count = f"{num_samples} samples" if num_samples > 1 else "one sample"
-    default = f"{type(pair).__name__}: {what} {count} of the prior"
-    _set_title(figure, default if title is None else title)
     return figure
 
 
 def _mosaic(
-    grid: np.ndarray, limits: tuple[float, float], inches: float, margin: float
+    grid: np.ndarray, limits: tuple[float, float], title: str, inches: float, margin: float
 ) -> tuple[Figure, Axes]:
     """Lay images (rows, columns, H, W[, 3]) side by side, with white between them."""
     rows, columns, height, width = grid.shape[:4]
@@ -206,14 +213,17 @@ def _mosaic(
     framed[:, :, :height, :width] = np.where(np.isnan(scaled), 1.0, scaled)
     sheet = framed.swapaxes(1, 2).reshape(rows * (height + gap), columns * (width + gap), *rest)
     sheet = sheet[:-gap, :-gap]
-    # the margins hold a title and the names of the rows, which do not grow with the images
-    size = (inches + margin, inches * sheet.shape[0] / sheet.shape[1] + 0.5)
+    # the margins hold the title and the names of the rows, which do not grow with the images
+    title = textwrap.fill(title, max(20, int(9.5 * (inches + margin))))
+    height_inches = inches * sheet.shape[0] / sheet.shape[1] + 0.3 + 0.2 * len(title.splitlines())
+    size = (inches + margin, height_inches)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+    figure.suptitle(title, fontsize=12, parse_math=False)
     return figure, axes
 
 
@@ -259,28 +269,21 @@ def _mean(distribution: Any) -> Tensor:
 
 
 def _beta(history: Mapping[str, Sequence[float]]) -> str:
-    """Say at which weight of the KL the training loss was taken, where it is not 1."""
-    first, last = history["beta"][0], history["beta"][-1]
-    if len(set(history["beta"])) > 1:
-        return f", KL weight {first:.2g} to {last:.2g}"
-    return "" if last == 1 else f", KL weight {last:g}"
+    """Say at which weights of the KL the training loss was taken, where they differ."""
+    beta = history["beta"]
+    return f", KL weight {beta[0]:.2g} to {beta[-1]:.2g}" if len(set(beta)) > 1 else ""
 
 
-def _loss_name(run: Run | None) -> str:
+def _loss_name(run: Run | None, beta: float) -> str:
     if run is None:
         return "loss"
     if not run.kind.is_lower_bound:
         return f"loss, which bounds nothing ({run.kind.value})"
-    return f"loss: the negative {run.objective}"
+    return f"loss: the negative {run.objective}" + ("" if beta == 1 else f", KL weight {beta:g}")
 
 
-def _rate_label(run: Run | None) -> str:
-    point = (Kind.MAP_JOINT, Kind.DISCRETE_POINT)
-    return "$-$log p(z)" if run is not None and run.kind in point else "rate, KL(q(z|x) ‖ p(z))"
-
-
-def _set_title(figure: Figure, title: str | None) -> None:
-    if title:
-        # 12 points a letter and half as wide: 12 letters an inch
-        width = max(20, int(12 * figure.get_figwidth()))
-        figure.suptitle(textwrap.fill(title, width), fontsize=12)
+def _term_labels(run: Run | None) -> tuple[str, str]:
+    point = (Kind.MAP_JOINT, Kind.DISCRETE_POINT, Kind.RECONSTRUCTION, Kind.CONDITIONAL)
+    if run is not None and run.kind in point:
+        return "$-$log p(x|z)", "$-$log p(z)"
+    return "distortion, $-E_q$ log p(x|z)", "rate, KL(q(z|x) ‖ p(z))"

@@ -16,7 +16,13 @@ from .part import require_count
 
 
 class Samples(NamedTuple):
-    """Joint draws from the model."""
+    """Joint draws from the model.
+
+    Example:
+        >>> import probae
+        >>> probae.sample(probae.VAE(8, 2), 5).z.shape
+        torch.Size([5, 2])
+    """
 
     x: Tensor  # (n, *x_shape)
     z: Tensor  # (n, *z_shape)

@@ -70,6 +70,7 @@ def save(pair: Autoencoder, path: str | os.PathLike[str]) -> Path:
     try:
         save_model(pair, str(tensors))
         text.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        tensors.chmod(text.stat().st_mode)  # safetensors writes for the owner only
         os.replace(tensors, folder / TENSORS)
         os.replace(text, folder / RECIPE)
     finally:
@@ -118,7 +119,8 @@ def load(
         if recipe.get("pair") is None:
             raise ValueError(
                 f"{folder} holds a pair with parts that are not probae's own, or that were changed "
-                "after they were built; build the same pair and pass it: probae.load(path, pair=...)"
+                "after they were built; build the same pair and pass it: "
+                "probae.load(path, pair=...)"
             )
         pair = _rebuild(recipe, folder / RECIPE)
     require_pair(pair)

@@ -37,6 +37,12 @@ class Run(NamedTuple):
     objective on the validation data at its final KL weight; without ``val``, absent), ``elbo``,
     ``reconstruction``, ``kl`` and ``active_units`` (on ``monitored``, at KL weight 1, one sample of
     z per datum), ``beta``, ``lr`` (at the epoch's end), ``seconds`` (since the start).
+
+    Example:
+        >>> import torch, probae
+        >>> run = probae.fit(probae.PPCA(5, 2), torch.randn(64, 5), epochs=3, progress=False)
+        >>> run.best_epoch, run.monitored, run.bound_on, len(run.history["elbo"])
+        (3, 'train', 'log p(x)', 3)
     """
 
     history: dict[str, list[float]]
@@ -123,6 +129,7 @@ def fit(
     _check_arguments(pair, epochs, batch_size, lr, patience, clip_norm, val)
     objective = ELBO() if objective is None else objective
     _check_objective(objective)
+    kind = pair.kind  # here, so that replaced parts that do not fit are named
     warmup = getattr(objective, "warmup_epochs", 0.0)
     data = _Data(pair, x, "x", binarize)
     devices = {pair.device}
@@ -163,6 +170,7 @@ def fit(
                         loss = objective.differentiable_loss(pair.model, pair.guide, batch)
                     losses.append(float(loss.detach()))
                 except ValueError:  # those checks refuse NaN, but name no site
+                    torch.set_rng_state(random_state)
                     if _fault(pair, batch) is None:
                         raise
                     losses.append(math.nan)
@@ -214,7 +222,7 @@ def fit(
         monitored="train" if held_out is None else "val",
         objective=type(objective).__name__,
         kl_method=dict(getattr(objective, "kl_method", {})),
-        kind=pair.kind,
+        kind=kind,
         bound_on=_bound_on(pair, monitor),
         seconds=time.perf_counter() - start,
     )
@@ -360,7 +368,10 @@ def _check_arguments(
 
 def _check_objective(objective: Any) -> None:
     if not isinstance(objective, pyro.infer.ELBO):
-        raise ValueError(f"objective must be a pyro.infer.ELBO, got {type(objective).__name__}")
+        raise ValueError(
+            "objective must be an instance of pyro.infer.ELBO, such as probae.ELBO(), got "
+            f"{objective!r}"
+        )
     if not hasattr(objective, "differentiable_loss"):
         raise ValueError(
             f"objective must have a differentiable_loss, which {type(objective).__name__} lacks; "

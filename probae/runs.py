@@ -1,0 +1,284 @@
+"""Folders of runs: the data a run was made of, its record, files that are never half written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from . import __version__
+from .autoencoder import Autoencoder, seeded
+from .checks import likelihood_of
+from .datasets import DATASET_NAMES, Splits, as_tensor, binarize, dequantize, load_dataset
+from .distributions import GreyBernoulli
+from .likelihood import LogLikelihood, log_likelihood
+from .saving import RECIPE, TENSORS, load
+
+RUN_FORMAT, DEMO_FORMAT = "probae-run/1", "probae-demo/1"
+RUN_FILE, DEMO_FILE = "run.json", "demo.json"
+HISTORY, EVALUATION = "history.json", "evaluation.json"
+LOSS, RECONSTRUCTIONS, SAMPLES = "loss.png", "reconstructions.png", "samples.png"
+PICTURES = (LOSS, RECONSTRUCTIONS, SAMPLES)
+FILES = (RUN_FILE, DEMO_FILE, RECIPE, TENSORS, HISTORY, EVALUATION, *PICTURES)
+
+Record = dict[str, Any]  # what run.json holds
+
+
+class Data(NamedTuple):
+    """Data of a run: the three splits, and how to get them again."""
+
+    title: str
+    splits: Splits
+    levels: int | None  # grey levels, where they are known
+    source: Record
+
+
+def load_data(name: str, seed: int) -> Data:
+    """Return a data set, or a file cut into 80 % training, 10 % validation, 10 % test data."""
+    if name in DATASET_NAMES:
+        data = load_dataset(name)
+        splits = Splits(data.train, data.val, data.test)
+        return Data(name, splits, data.levels, {"name": name, "sizes": [len(x) for x in splits]})
+    x = read_file(name)
+    held_out = len(x) // 10
+    if held_out < 1:
+        raise ValueError(f"--data {name} must hold at least 10 data, to split, got {len(x)}")
+    with seeded(seed, {torch.device("cpu")}):
+        order = torch.randperm(len(x)).tolist()
+    source = {
+        "path": str(Path(name).resolve()),
+        "sha256": digest(x),
+        "sizes": [len(x) - 2 * held_out, held_out, held_out],
+        "split_seed": seed,
+        "val": order[:held_out],
+        "test": order[held_out : 2 * held_out],
+    }
+    return Data(Path(name).name, cut(x, source), None, source)
+
+
+def cut(x: Tensor, source: Record) -> Splits:
+    """Split the rows of a file as it was done when the run was fitted."""
+    rest = torch.ones(len(x), dtype=torch.bool)
+    rest[source["val"] + source["test"]] = False
+    return Splits(x[rest], x[source["val"]], x[source["test"]])
+
+
+def read_file(name: str) -> Tensor:
+    """Return the array (N, ...) in a .npy or .npz file."""
+    if Path(name).suffix.lower() not in (".npy", ".npz"):
+        raise ValueError(
+            f"--data must be one of {', '.join(DATASET_NAMES)}, or a .npy or .npz file, got "
+            f"{name!r}"
+        )
+    x = as_tensor(name, "--data")
+    if x.dim() < 2:
+        raise ValueError(
+            f"--data must hold an array (N, ...) of N data, got shape {tuple(x.shape)}; reshape "
+            "numbers to (N, 1)"
+        )
+    return x
+
+
+def digest(x: Tensor) -> str:
+    """Return a hash of the values, by which a moved file is known again."""
+    return hashlib.sha256(x.numpy().tobytes()).hexdigest()
+
+
+def training_data(splits: Splits, levels: int | None, seed: int) -> Splits:
+    """Return the splits, the first two dequantised; each with noise of its own."""
+    if levels is None:
+        return splits
+    train, val = (
+        dequantize(x, levels, seed=seed + i)
+        for i, x in enumerate((splits.train, splits.val), start=1)
+    )
+    return Splits(train, val, splits.test)
+
+
+def is_grey(x: Tensor) -> bool:
+    """Whether x lies in [0, 1], but not only on 0 and 1."""
+    return bool(x.min() >= 0 and x.max() <= 1 and not ((x == 0) | (x == 1)).all())
+
+
+def as_measured(
+    pair: Autoencoder, record: Record, x: Tensor, levels: int | None, seed: int
+) -> tuple[Tensor, str]:
+    """Return data in the form that the pair has a likelihood of, and what was done to them."""
+    pair.check_input(x)
+    if record["dequantize"]:
+        note = f"grey levels were dequantised once, (k + u) / {record['dequantize']}, seed {seed}"
+        return dequantize(x, record["dequantize"], seed=seed), note
+    likelihood = likelihood_of(pair)
+    if isinstance(likelihood, GreyBernoulli):
+        if not is_grey(x):
+            return x, ""
+        return binarize(x, seed=seed), f"grey pixels were binarised once, seed {seed}"
+    if levels is None or likelihood.support.is_discrete:
+        return x, ""
+    return x, (
+        f"this is a density at {levels} grey levels, which can grow without limit; a model fitted "
+        "with --dequantize bounds their probability"
+    )
+
+
+def measure(
+    pair: Autoencoder,
+    record: Record,
+    x: Tensor,
+    levels: int | None,
+    method: str,
+    num_samples: int | None,
+    seed: int,
+) -> tuple[LogLikelihood, str]:
+    """Return the log-likelihood of data in the form the pair was trained on, and what to note."""
+    if method == "exact" and num_samples is not None:
+        raise ValueError("--num-samples goes with --method elbo and iwae, not exact")
+    x, note = as_measured(pair, record, x, levels, seed)
+    progress = sys.stderr.isatty()
+    return log_likelihood(pair, x, method, num_samples, seed=seed, progress=progress), note
+
+
+def untrusted(ll: LogLikelihood) -> float | None:
+    """Share of the data with Pareto k > 0.7; None where too few samples leave k undefined."""
+    if ll.khat is None or ll.khat.isnan().any():
+        return None
+    return float((ll.khat > 0.7).double().mean())
+
+
+def append_evaluation(run: Path, key: Record, ll: LogLikelihood, note: str) -> None:
+    """Add a record to evaluation.json; the same evaluation made again replaces the earlier one."""
+    file = run / EVALUATION
+    earlier = _read_json(file) if file.exists() else []
+    if not isinstance(earlier, list) or not all(isinstance(entry, dict) for entry in earlier):
+        raise ValueError(f"{file} must hold a list of evaluations; move it out of the way")
+    key = {"method": ll.method, "num_samples": ll.num_samples, **key}
+    entry = {
+        **key,
+        "num_data": len(ll.values),
+        "nats_per_datum": ll.mean,
+        "std_error": None if math.isnan(ll.mean_std_error) else ll.mean_std_error,
+        "is_bound": ll.is_bound,
+        "bits_per_dim": ll.bits_per_dim,
+        "khat_above_0.7": untrusted(ll),
+        "note": note,
+        "version": __version__,
+    }
+    others = [e for e in earlier if any(e.get(name) != value for name, value in key.items())]
+    write_json(file, [*others, entry])
+
+
+def load_run(folder: Path, device: str) -> tuple[Autoencoder, Record]:
+    """Return the pair and the record of a run, or say why the folder holds none."""
+    file = folder / RUN_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no run: {RUN_FILE} is missing; make one with probae fit"
+        )
+    record = _read_json(file)
+    if not isinstance(record, dict) or record.get("format") != RUN_FORMAT:
+        found = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{file} must have format {RUN_FORMAT!r}, got {found!r}")
+    missing = [name for name in ("title", "data", "dequantize", "limits") if name not in record]
+    if missing:
+        raise ValueError(f"{file} is damaged: {', '.join(missing)} is missing; fit the run again")
+    return load(folder, device=str(as_device(device))), record
+
+
+def as_device(name: str) -> torch.device:
+    """Return the device of that name, or raise a ValueError where it cannot be used."""
+    try:
+        return torch.empty((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"--device {name!r} cannot be used here: {first}") from error
+
+
+@contextlib.contextmanager
+def staged(out: Path, marker: str, form: str, overwrite: bool) -> Iterator[Path]:
+    """Yield a folder beside ``out`` whose files are moved there once the block has succeeded."""
+    out = out.expanduser().resolve()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {out}")
+    if out.is_dir() and any(out.iterdir()):
+        if not _has_format(out / marker, form):
+            raise ValueError(f"--out {out} is not empty and holds no earlier run; take another")
+        if not overwrite:
+            raise ValueError(
+                f"--out {out} holds an earlier run; pass --overwrite to replace it, or take another"
+            )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
+        stage = Path(name)
+        yield stage
+        for folder in (stage, *(path for path in stage.rglob("*") if path.is_dir())):
+            place = out / folder.relative_to(stage)
+            place.mkdir(exist_ok=True)
+            for file in FILES:
+                (place / file).unlink(missing_ok=True)
+        files = [path for path in stage.rglob("*") if path.is_file()]
+        # the marker comes last: a folder that has it is whole
+        for path in sorted(files, key=lambda path: path.name == marker):
+            os.replace(path, out / path.relative_to(stage))
+
+
+def _has_format(file: Path, form: str) -> bool:
+    try:
+        record = _read_json(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("format") == form
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def _replacing(file: Path) -> Iterator[io.BufferedWriter]:
+    """Write beside ``file`` and move, so that it is never half there."""
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with part.open("wb") as stream:
+            yield stream
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with _replacing(file) as stream:
+        stream.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_figure(file: Path, figure: Figure) -> None:
+    """Write a PNG, whole or not at all."""
+    with _replacing(file) as stream:
+        figure.savefig(stream, format="png")
+
+
+def write_array(file: Path, array: np.ndarray) -> None:
+    """Write a .npy file, whole or not at all."""
+    with _replacing(file) as stream:
+        np.save(stream, array)
+
+
+def say(text: str) -> None:
+    """Print a line now, as what follows may take a while."""
+    print(text, flush=True)
