@@ -170,7 +170,7 @@ class GaussianDecoder(Decoder):
         """The standard deviation σ, a scalar tensor."""
         if self.learn_scale:
             return self.scale_min + softplus(self.raw_scale)
-        like = next(self.network.parameters())
+        like = next(self.network.parameters(), torch.empty(()))
         return torch.full((), self.fixed_scale, dtype=like.dtype, device=like.device)
 
     @torch.no_grad()
@@ -185,7 +185,8 @@ class GaussianDecoder(Decoder):
     def forward(self, z: Tensor) -> Distribution:
         """Return p(x|z), batch shape (...), event shape x_shape."""
         loc = self.network(z)
-        return dist.Normal(loc, self.scale).to_event(_event_dim(loc, z))
+        scale = self.scale if self.learn_scale else self.fixed_scale
+        return dist.Normal(loc, scale).to_event(_event_dim(loc, z))
 
     def bias_for(self, x: Tensor) -> Tensor:
         """Return the mean of the data."""

@@ -148,9 +148,14 @@ class ELBO(PerDatumObjective):
         self.constant_beta = None if callable(beta) else as_number(beta)
         self.analytic_kl = analytic_kl
         self.warmup_epochs = float(getattr(beta, "epochs", 0.0))
-        starts = self.schedule(0.0) if self.schedule is not None else self.beta
-        if not (0 <= starts < math.inf and 0 <= self.beta < math.inf):
+        start, end = self.beta if self.schedule is None else self.schedule(0.0), self.beta
+        if self.schedule is None and not 0 <= end < math.inf:
             raise ValueError(f"beta must be a finite number >= 0 or a function, got {beta!r}")
+        if not (0 <= start < math.inf and 0 <= end < math.inf):
+            raise ValueError(
+                "beta as a function must be finite and >= 0 from epoch 0 to math.inf, which stands "
+                f"for the end of training, got {start} to {end}"
+            )
 
     @property
     def beta(self) -> float:

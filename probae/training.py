@@ -139,6 +139,7 @@ def fit(
         held_out = None if val is None else _held_out(pair, val, "val", binarize)
         monitor = held_out if held_out is not None else _held_out(pair, data, "x", binarize, 1000)
         stack.enter_context(local_parameters())
+        stack.enter_context(torch.enable_grad())
         steps_per_epoch = math.ceil(len(data) / batch_size)
         parameters = [p for p in pair.parameters() if p.requires_grad]
         if not parameters:

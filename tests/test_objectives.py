@@ -166,9 +166,7 @@ def exact_importance_bounds(log_w: Tensor, log_q: Tensor, counts: list[int]) -> 
         for bars in itertools.combinations(range(k + states - 1), states - 1):
             edges = (-1, *bars, k + states - 1)
             n = torch.tensor([b - a - 1 for a, b in itertools.pairwise(edges)]).double()
-            log_probability = (
-                math.lgamma(k + 1) - torch.lgamma(n + 1).sum() + (n * log_q).sum()
-            )
+            log_probability = math.lgamma(k + 1) - torch.lgamma(n + 1).sum() + (n * log_q).sum()
             mean_weight = torch.logsumexp(log_w + n.log(), 0) - math.log(k)
             total += float(log_probability.exp() * mean_weight)
         bounds[k] = total

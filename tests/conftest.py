@@ -1,0 +1,207 @@
+"""The table of pairs that the contract tests go through, and what every test starts from."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pyro
+import pytest
+import torch
+from torch import Tensor
+
+import probae
+from probae import Autoencoder, Kind
+
+N = 7  # data of a batch, equal to no other size below, so that no wrong axis fits by accident
+VECTOR, IMAGE = (9,), (2, 5, 6)  # odd sizes: strided convolutions have to round up
+Z = 3
+LEVELS, CLASSES = 5, 4
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> None:
+    """Give every test an empty param store and the same random stream."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+
+
+def bits(*shape: int) -> Tensor:
+    return torch.rand(shape).round()
+
+
+def unit(*shape: int) -> Tensor:
+    return torch.rand(shape)
+
+
+def reals(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
+def classes(*shape: int) -> Tensor:
+    return torch.randint(0, CLASSES, shape).float()
+
+
+def levels(*shape: int) -> Tensor:
+    return torch.randint(0, LEVELS, shape) / (LEVELS - 1)
+
+
+def counts(*shape: int) -> Tensor:
+    return torch.poisson(torch.full(shape, 2.0))
+
+
+DATA: dict[str, Callable[..., Tensor]] = {
+    "bernoulli": bits,
+    "continuous-bernoulli": unit,
+    "gaussian": reals,
+    "heteroscedastic-gaussian": reals,
+    "categorical": classes,
+    "discretized-logistic": levels,
+    "poisson": counts,
+}
+OPTIONS = {
+    "gaussian": {"learn_scale": True},
+    "categorical": {"num_classes": CLASSES},
+    "discretized-logistic": {"levels": LEVELS},
+}
+
+
+class Case(NamedTuple):
+    """A pair, data for it, and what it should say about itself."""
+
+    name: str
+    build: Callable[[], Autoencoder]
+    data: Callable[..., Tensor] = reals  # shape -> data in the decoder's support
+    x_shape: tuple[int, ...] = VECTOR
+    kind: Kind = Kind.ELBO
+    kl: str = "analytic"  # how probae.ELBO gets the KL of z
+    reparameterised: bool = True
+    # parameters whose gradient is zero at every step -> why; all others have to move
+    still: dict[str, str] = {}  # noqa: RUF012
+
+    def pair(self, dtype: torch.dtype = torch.float32) -> Autoencoder:
+        torch.manual_seed(1)
+        return self.build().to(dtype)
+
+    def x(self, dtype: torch.dtype = torch.float32, n: int = N) -> Tensor:
+        torch.manual_seed(2)
+        return self.data(n, *self.x_shape).to(dtype)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _vae(likelihood: str, x_shape: tuple[int, ...], channels: tuple[int, ...] = ()) -> Case:
+    network = "conv" if channels else "mlp"
+    return Case(
+        f"vae-{likelihood}-{network}-{len(x_shape)}d",
+        lambda: probae.VAE(
+            x_shape,
+            Z,
+            hidden=(6,),
+            channels=channels,
+            likelihood=likelihood,
+            likelihood_options=OPTIONS.get(likelihood),
+        ),
+        DATA[likelihood],
+        x_shape,
+    )
+
+
+def _vae_prior(prior: str, kl: str, kind: Kind = Kind.ELBO) -> Case:
+    return Case(
+        f"vae-{prior}-prior",
+        lambda: probae.VAE(VECTOR, Z, hidden=(6,), activation="tanh", prior=prior),
+        bits,
+        kind=kind,
+        kl=kl,
+    )
+
+
+def _undercomplete(prior: str, kind: Kind, channels: tuple[int, ...] = ()) -> Case:
+    x_shape = IMAGE if channels else VECTOR
+    return Case(
+        f"undercomplete-{prior}-{'conv' if channels else 'mlp'}",
+        lambda: probae.UndercompleteAutoencoder(
+            x_shape, Z, hidden=(6,), channels=channels, prior=prior
+        ),
+        x_shape=x_shape,
+        kind=kind,
+        kl="monte carlo",
+    )
+
+
+def _corrupted(
+    name: str,
+    corruption: Callable[[], probae.Part],
+    *,
+    flat: bool = False,
+    kind: Kind = Kind.ELBO,
+    reparameterised: bool = True,
+) -> Case:
+    def build() -> Autoencoder:
+        network = probae.MLP(VECTOR, (Z,) if flat else (2, Z), (6,), "tanh")
+        return Autoencoder(
+            prior=probae.FlatPrior(Z) if flat else probae.StandardNormalPrior(Z),
+            encoder=probae.PointEncoder(network) if flat else probae.GaussianEncoder(network),
+            decoder=probae.BernoulliDecoder(probae.MLP(Z, VECTOR, (6,), "tanh")),
+            corruption=corruption(),
+        )
+
+    kl = "monte carlo" if flat else "analytic"
+    return Case(name, build, bits, kind=kind, kl=kl, reparameterised=reparameterised)
+
+
+def _bits_code() -> Autoencoder:
+    return Autoencoder(
+        probae.BernoulliPrior(Z, probability=0.3),
+        probae.BernoulliEncoder(probae.MLP(VECTOR, Z, (6,), "tanh")),
+        probae.BernoulliDecoder(probae.MLP(Z, VECTOR, (6,), "tanh")),
+    )
+
+
+def _one_hot_code() -> Autoencoder:
+    return Autoencoder(
+        probae.CategoricalPrior(Z),
+        probae.CategoricalEncoder(probae.MLP(VECTOR, Z, (6,), "tanh")),
+        probae.GaussianDecoder(probae.MLP(Z, VECTOR, (6,), "tanh"), learn_scale=True),
+    )
+
+
+CASES = [
+    Case("ppca-exact", lambda: probae.PPCA(VECTOR, Z), kl="monte carlo"),
+    Case(
+        "ppca-exact-3d",
+        lambda: probae.PPCA(IMAGE, Z, learn_scale=False),
+        x_shape=IMAGE,
+        kl="monte carlo",
+    ),
+    Case("ppca-diagonal", lambda: probae.PPCA(VECTOR, Z, posterior="diagonal")),
+    _undercomplete("flat", Kind.RECONSTRUCTION),
+    _undercomplete("normal", Kind.MAP_JOINT),
+    _undercomplete("laplace", Kind.MAP_JOINT),
+    _undercomplete("flat", Kind.RECONSTRUCTION, channels=(4, 3)),
+    *(_vae(name, VECTOR) for name in probae.LIKELIHOODS),
+    _vae("bernoulli", IMAGE),
+    *(_vae(name, IMAGE, channels=(4, 3)) for name in probae.LIKELIHOODS),
+    _vae_prior("laplace", "analytic"),
+    _vae_prior("mixture", "monte carlo"),
+    _vae_prior("vamp", "monte carlo"),
+    _vae_prior("flow", "monte carlo"),
+    _vae_prior("flat", "monte carlo", Kind.ENERGY),
+    Case("bits-code", _bits_code, bits, reparameterised=False),
+    Case("one-hot-code", _one_hot_code, reals, reparameterised=False),
+    _corrupted("noisy-vae", lambda: probae.GaussianNoise(0.3)),
+    _corrupted("bit-flip-vae", lambda: probae.BitFlip(0.1), reparameterised=False),
+    _corrupted(
+        "denoising-point", lambda: probae.GaussianNoise(0.3), flat=True, kind=Kind.CONDITIONAL
+    ),
+]
+
+
+@pytest.fixture(params=CASES, ids=repr)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param

@@ -1,0 +1,176 @@
+"""Priors against the formulas they are named after."""
+
+import math
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import probae
+from probae import (
+    MLP,
+    BernoulliPrior,
+    CategoricalPrior,
+    FlatPrior,
+    FlowPrior,
+    GaussianEncoder,
+    GaussianMixturePrior,
+    LaplacePrior,
+    PointEncoder,
+    StandardNormalPrior,
+    VampPrior,
+)
+
+Z = 3
+
+
+@pytest.fixture
+def z() -> Tensor:
+    return torch.randn(50, Z, dtype=torch.float64)
+
+
+def log_normal(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    deviation = ((z - loc) / scale) ** 2
+    return (-0.5 * deviation - scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+def test_standard_normal(z: Tensor) -> None:
+    expected = -0.5 * (z**2).sum(-1) - Z / 2 * math.log(2 * math.pi)
+    assert_equal(StandardNormalPrior(Z).double()().log_prob(z), expected)
+
+
+def test_flat_prior_adds_nothing(z: Tensor) -> None:
+    assert (FlatPrior(Z).double()().log_prob(z) == 0).all()
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0, 1 / 3, 7.1])
+def test_laplace_is_the_l1_penalty(rate: float, z: Tensor) -> None:
+    # at 1e-12: a rate that went through float32 on its way is off by 1e-8
+    expected = Z * math.log(rate / 2) - rate * z.abs().sum(-1)
+    assert_equal(LaplacePrior(Z, rate).double()().log_prob(z), expected)
+
+
+def test_mixture_is_the_weighted_sum_of_its_components(z: Tensor) -> None:
+    prior = GaussianMixturePrior(Z, components=4).double()
+    with torch.no_grad():
+        prior.logits.normal_()
+        prior.log_scale.normal_()
+    weight = torch.softmax(prior.logits, 0)
+    components = [
+        log_normal(z, loc, scale)
+        for loc, scale in zip(prior.loc, prior.log_scale.exp(), strict=True)
+    ]
+    expected = torch.log(sum(w * c.exp() for w, c in zip(weight, components, strict=True)))
+    assert_equal(prior().log_prob(z), expected)
+
+
+def test_vamp_is_the_mean_of_the_posteriors_at_its_pseudo_inputs(z: Tensor) -> None:
+    encoder = GaussianEncoder(MLP((2, 4), (2, Z), (5,))).double()
+    prior = VampPrior(encoder, (2, 4), components=6).double()
+    posteriors = [encoder(u).log_prob(z).exp() for u in prior.pseudo_inputs]
+    assert_equal(prior().log_prob(z), torch.log(sum(posteriors) / 6))
+    assert prior.encoder is encoder
+
+
+@pytest.mark.parametrize("count", [4, 20])
+def test_pseudo_inputs_start_at_different_training_data(count: int) -> None:
+    x = torch.rand(10, 8)
+    prior = VampPrior(GaussianEncoder(MLP(8, (2, Z))), 8, components=count)
+    prior.initialize(x)
+    rows = [int((x == u).all(1).nonzero()) for u in prior.pseudo_inputs]
+    times = [rows.count(row) for row in range(10)]
+    assert max(times) - min(times) <= 1
+    assert max(times) == math.ceil(count / 10)
+    assert rows != sorted(rows)
+
+
+def test_vamp_of_a_point_code_is_no_density() -> None:
+    prior = VampPrior(PointEncoder(MLP(8, Z)), 8, components=4)
+    with pytest.raises(
+        ValueError, match=r"encoder of a VampPrior .* point code .* GaussianEncoder"
+    ):
+        prior()
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.93])
+def test_bits(probability: float) -> None:
+    prior = BernoulliPrior(Z, probability).double()()
+    bits = torch.rand(20, Z, dtype=torch.float64).round()
+    ones = bits.sum(-1)
+    expected = ones * math.log(probability) + (Z - ones) * math.log1p(-probability)
+    assert_equal(prior.log_prob(bits), expected)
+
+
+def test_one_hot() -> None:
+    prior = CategoricalPrior(Z).double()
+    uniform = torch.full((Z,), -math.log(Z), dtype=torch.float64)
+    assert_equal(prior().log_prob(torch.eye(Z).double()), uniform)
+    with torch.no_grad():
+        prior.logits.copy_(torch.tensor([1.0, -2.0, 0.5]))
+    expected = torch.log_softmax(prior.logits, 0)
+    assert_equal(prior().log_prob(torch.eye(Z).double()), expected)
+
+
+def test_flow_without_zuko_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zuko", None)  # makes the import fail
+    with pytest.raises(ImportError, match=r"FlowPrior needs zuko: pip install 'probae\[flows\]'"):
+        FlowPrior(2)
+
+
+def test_flow_integrates_to_one() -> None:
+    pytest.importorskip("zuko")
+    prior = FlowPrior(2, transforms=2, hidden=(16,)).double()
+    with torch.no_grad():  # away from its start, which is close to a standard normal
+        for parameter in prior.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    axis = torch.linspace(-9, 9, 601, dtype=torch.float64)
+    points = torch.cartesian_prod(axis, axis)
+    density = prior().log_prob(points).exp()
+    step = float(axis[1] - axis[0])
+    assert density.sum().item() * step**2 == pytest.approx(1, abs=1e-3)
+    normal = StandardNormalPrior(2).double()().log_prob(points).exp()
+    assert (density - normal).abs().sum().item() * step**2 > 0.05  # and it is no normal any more
+
+
+def test_flow_samples_follow_its_density() -> None:
+    pytest.importorskip("zuko")
+    prior = FlowPrior(2, transforms=2, hidden=(16,)).double()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    flow, normal = prior(), StandardNormalPrior(2).double()()
+    z = flow.sample((20_000,))
+    weight = (normal.log_prob(z) - flow.log_prob(z)).exp()  # E_flow[normal / flow] = 1
+    error = weight.std() / math.sqrt(len(z))
+    assert abs(weight.mean() - 1) < 5 * error  # 6e-7 for a normal error
+    assert error < 0.1
+
+
+@pytest.mark.parametrize("prior", [LaplacePrior(Z, 0.1), BernoulliPrior(Z, 0.1)])
+def test_settings_keep_double_precision(prior: probae.Part) -> None:
+    distribution = prior.double()().base_dist
+    value = distribution.scale if isinstance(prior, LaplacePrior) else distribution.probs
+    expected = 10.0 if isinstance(prior, LaplacePrior) else 0.1
+    assert value.dtype == torch.float64
+    assert value.tolist() == pytest.approx([expected] * Z, rel=1e-15)
+
+
+def test_every_prior_has_one_event_dimension_and_no_batch() -> None:
+    encoder = GaussianEncoder(MLP(8, (2, Z)))
+    priors = [
+        StandardNormalPrior(Z),
+        FlatPrior(Z),
+        LaplacePrior(Z),
+        GaussianMixturePrior(Z),
+        VampPrior(encoder, 8),
+        BernoulliPrior(Z),
+        CategoricalPrior(Z),
+    ]
+    for prior in priors:
+        assert (prior().batch_shape, prior().event_shape) == ((), (Z,))
+        assert prior().sample((5,)).shape == (5, Z)
