@@ -154,7 +154,7 @@ def test_proposal_measures_a_point_code() -> None:
     exact = probae.log_likelihood(pair, x)
     assert exact.method == "exact"
     for method in ("elbo", "iwae"):
-        with pytest.raises(ValueError, match="MAP_JOINT.*proposal="):
+        with pytest.raises(ValueError, match=r"MAP_JOINT.*proposal="):
             probae.log_likelihood(pair, x, method)
     proposal = probae.LinearGaussianPosterior(pair.decoder)
     ll = probae.log_likelihood(pair, x, "iwae", 10, proposal=proposal)
@@ -166,7 +166,7 @@ def test_proposal_measures_a_point_code() -> None:
 def test_flat_prior_has_no_likelihood() -> None:
     pair = probae.UndercompleteAutoencoder(6, 2)
     for method in ("auto", "exact", "elbo", "iwae"):
-        with pytest.raises(ValueError, match="RECONSTRUCTION.*prior"):
+        with pytest.raises(ValueError, match=r"RECONSTRUCTION.*prior"):
             probae.log_likelihood(pair, torch.randn(3, 6), method)
 
 

@@ -54,7 +54,8 @@ def bernoulli_pair(bits: int = 3, x_dim: int = 4) -> probae.Autoencoder:
 def gradients(pair: nn.Module, loss: Tensor) -> Tensor:
     parameters = list(pair.parameters())
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
+    pairs = zip(parameters, grads, strict=True)
+    filled = [torch.zeros_like(p) if g is None else g for p, g in pairs]
     return torch.cat([g.flatten() for g in filled])
 
 
@@ -383,7 +384,7 @@ def test_unequal_scales_are_no_importance_weights() -> None:
 
 def test_importance_bound_refuses_guides_it_would_leave_untrained() -> None:
     pair, x = bernoulli_pair(), binary(3, 4)
-    with pytest.raises(ValueError, match="guide site 'z'.*no reparameterised gradient"):
+    with pytest.raises(ValueError, match=r"guide site 'z'.*no reparameterised gradient"):
         probae.IWAE(5).differentiable_loss(pair.model, pair.guide, x)
     loss = probae.ELBO().differentiable_loss(pair.model, pair.guide, x)
     encoder = list(pair.encoder.parameters())

@@ -78,7 +78,7 @@ def test_elbo_plus_kl_to_the_posterior_is_the_evidence() -> None:
         diagonal.encoder.network.output.weight.normal_(0, 0.3)
     x = torch.randn(9, 6, dtype=torch.float64)
     evidence = probae.log_likelihood(diagonal, x, "exact").values
-    weight, mean, variance, _ = covariance(diagonal)
+    weight, _, variance, _ = covariance(diagonal)
     with torch.no_grad():
         q, posterior = diagonal.encoder(x), probae.LinearGaussianPosterior(diagonal.decoder)(x)
         q_full = MultivariateNormal(q.mean, torch.diag_embed(q.variance))
