@@ -14,7 +14,7 @@ from .decoders import (
     HeteroscedasticGaussianDecoder,
     PoissonDecoder,
 )
-from .distributions import DiscretizedLogistic, GreyBernoulli
+from .distributions import ContinuousBernoulli, DiscretizedLogistic, GreyBernoulli
 from .encoders import (
     BernoulliEncoder,
     CategoricalEncoder,
@@ -23,6 +23,7 @@ from .encoders import (
     PointEncoder,
 )
 from .likelihood import LogLikelihood, log_likelihood
+from .monitoring import active_units
 from .networks import MLP, ConvNet, DeconvNet
 from .objectives import ELBO, IWAE, LinearWarmup
 from .part import Part
@@ -39,7 +40,7 @@ from .priors import (
 )
 from .sampling import Samples, reconstruct, sample
 from .saving import load, save
-from .training import Run, active_units, fit
+from .training import Run, fit
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "CategoricalDecoder",
     "CategoricalEncoder",
     "CategoricalPrior",
+    "ContinuousBernoulli",
     "ContinuousBernoulliDecoder",
     "ConvNet",
     "Decoder",

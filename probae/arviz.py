@@ -20,8 +20,9 @@ def pareto_khat(tail: Tensor, num_samples: int) -> Tensor:
         num_samples: number K of weights that they are the largest of.
 
     Returns:
-        Pareto k of each datum, (N,); NaN where K < 25, too few for a tail; 0 where the weights are
-        equal, so that there is no tail.
+        Pareto k of each datum, (N,): 0 where the weights are equal, so that there is no tail; NaN
+        where no tail can be fitted, because K < 25, a log-weight is not finite, or fewer than five
+        weights exceed the threshold (as with few distinct codes); look at the ESS then.
 
     Reference:
         Vehtari et al., Pareto smoothed importance sampling, 2024.
@@ -35,8 +36,11 @@ def pareto_khat(tail: Tensor, num_samples: int) -> Tensor:
     kept = tail.detach().double().cpu().numpy().T  # (N, M + 1)
     khat = np.empty(len(kept))
     for n, largest in enumerate(kept):
-        if np.ptp(largest) < 1e-10:
+        if np.isfinite(largest).all() and np.ptp(largest) < 1e-10:
             khat[n] = 0.0
+            continue
+        if not np.isfinite(largest).all() or (largest > largest.min()).sum() < 5:
+            khat[n] = np.nan
             continue
         weights = np.full(num_samples, largest.min())
         weights[: len(largest)] = largest

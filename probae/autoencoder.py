@@ -169,7 +169,7 @@ class Autoencoder(Part, PyroModule):
             )
         point, flat = is_point(dry["encoder"]), is_flat(dry["prior"])
         if not point:
-            return Kind.ENERGY if flat else Kind.ELBO
+            return Kind.ENERGY if flat or is_flat(dry["encoder"]) else Kind.ELBO
         if flat:
             return Kind.RECONSTRUCTION if self.corruption is None else Kind.CONDITIONAL
         return Kind.DISCRETE_POINT if is_discrete(dry["prior"]) else Kind.MAP_JOINT

@@ -1,16 +1,19 @@
-"""Checks of data against a pair: shape, dtype, support."""
+"""Data against a pair: shape, dtype, support, and batches of checked data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import constraints
+from torch.utils.data import Dataset, IterableDataset
 
 from .autoencoder import Autoencoder, frozen
-from .distributions import GreyBernoulli, base_distribution
+from .datasets import as_tensor
+from .distributions import GreyBernoulli, base_distribution, has_component
 
 
 def check_support(
@@ -27,7 +30,7 @@ def check_support(
             )
         return
     base = likelihood_of(pair)
-    grey = isinstance(base, GreyBernoulli)
+    grey = has_component(base, GreyBernoulli)
     support: Any = constraints.boolean if grey and strict else base.support
     for chunk, rows in chunks(x):
         bad = ~support.check(chunk)
@@ -86,3 +89,69 @@ def chunks(x: Tensor, rows: int = 8192) -> Iterator[tuple[Tensor, int]]:
     """Yield consecutive blocks of rows of ``x``, each with the index of its first row."""
     for start in range(0, len(x), rows):
         yield x[start : start + rows], start
+
+
+class TrainingData:
+    """Training data that are indexed by batch: a tensor in memory, or a map-style Dataset."""
+
+    def __init__(self, pair: Autoencoder, x: Any, argument: str, binarize: bool) -> None:
+        self.pair, self.binarize, self.argument = pair, binarize, argument
+        self.dataset: Dataset[Any] | None = x if is_map_style(x) else None
+        if self.dataset is not None:
+            self.size = len(x)
+            if self.size == 0:
+                raise ValueError(f"{argument} is empty: expected at least one datum")
+            self._check(self._items(torch.arange(min(self.size, 2))))
+        else:
+            self.tensor = to_pair(pair, as_tensor(x, argument))
+            self.size = len(self.tensor)
+            self._check(self.tensor)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def is_grey(self) -> bool:
+        """Whether a value is neither 0 nor 1; of a Dataset, among its first 1000 data."""
+        first = torch.arange(min(self.size, 1000))
+        x = self.tensor if self.dataset is None else self._items(first)
+        return any(bool(((rows != 0) & (rows != 1)).any()) for rows, _ in chunks(x))
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Return the data at these places, binarised anew where that was asked for."""
+        x = self.tensor[index] if self.dataset is None else self._items(index)
+        if self.dataset is not None:
+            self._check(x)
+        return torch.bernoulli(x) if self.binarize else x
+
+    def _items(self, index: Tensor) -> Tensor:
+        dataset = self.dataset
+        assert dataset is not None
+        items = []
+        for i in index.tolist():
+            item = dataset[i]
+            item = item[0] if isinstance(item, tuple | list) and item else item
+            if not isinstance(item, Tensor | np.ndarray):
+                raise ValueError(
+                    f"{self.argument}[{i}] must be a tensor or a tuple that begins with one, got "
+                    f"{type(item).__name__}; give the Dataset a transform to tensors"
+                )
+            items.append(torch.as_tensor(item))
+            if tuple(items[-1].shape) != self.pair.x_shape:
+                raise ValueError(
+                    f"{self.argument}[{i}] must have the shape {self.pair.x_shape} of one datum, "
+                    f"got {tuple(items[-1].shape)}"
+                )
+        return to_pair(self.pair, as_tensor(torch.stack(items), self.argument))
+
+    def _check(self, x: Tensor) -> None:
+        check_support(self.pair, x, self.argument, binarize=self.binarize, strict=False)
+
+
+def is_map_style(x: Any) -> bool:
+    """Whether x is a torch Dataset that can be indexed."""
+    return isinstance(x, Dataset) and not isinstance(x, IterableDataset) and hasattr(x, "__len__")
+
+
+def to_pair(pair: Autoencoder, x: Tensor) -> Tensor:
+    """Return data on the device and in the dtype of a pair."""
+    return x.detach().to(pair.device, pair.dtype)

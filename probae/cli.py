@@ -24,7 +24,7 @@ from .datasets import (
     load_dataset,
 )
 from .decoders import LIKELIHOODS
-from .distributions import GreyBernoulli, is_flat
+from .distributions import GreyBernoulli, has_component, is_flat
 from .likelihood import LogLikelihood
 from .networks import ACTIVATIONS
 from .objectives import ELBO, IWAE, LinearWarmup, PerDatumObjective
@@ -291,7 +291,7 @@ def _train(args: argparse.Namespace, folder: Path, pictures: Path) -> tuple[Auto
     raw = load_data(args.data, args.seed)
     with seeded(args.seed, {torch.device("cpu")}):
         pair = _build(args, raw)
-    bernoulli = isinstance(likelihood_of(pair), GreyBernoulli)
+    bernoulli = has_component(likelihood_of(pair), GreyBernoulli)
     levels = _levels(args, raw, bernoulli)
     data = training_data(raw.splits, levels, args.seed)
     binary = _wants_binary(args, data.train, bernoulli)

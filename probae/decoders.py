@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from .distributions import DiscretizedLogistic, GreyBernoulli
+from .distributions import ContinuousBernoulli, DiscretizedLogistic, GreyBernoulli
 from .networks import MLP, DeconvNet
 from .part import Part, require_count, require_positive, two_parameters
 
@@ -88,8 +88,15 @@ class BernoulliDecoder(Decoder):
 class ContinuousBernoulliDecoder(Decoder):
     r"""Decoder with a density on [0, 1], :math:`p(x_i|z) \propto \pi_i^x (1-\pi_i)^{1-x}`.
 
+    Pixels of exactly 0 or 1 would be fitted by ever larger logits, and the density there would grow
+    without limit; so the logit is :math:`l_{max} \tanh(a / l_{max})`. Quote l_max beside densities.
+
     Args:
-        network: maps (..., z_dim) to the logits, (..., *x_shape).
+        network: maps (..., z_dim) to a, (..., *x_shape).
+        logit_max: bound of the logits; at 50 the density is at most 50 a pixel.
+
+    Raises:
+        ValueError: ``logit_max`` is not a finite number > 0.
 
     Reference:
         Loaiza-Ganem & Cunningham, The continuous Bernoulli, 2019.
@@ -101,23 +108,25 @@ class ContinuousBernoulliDecoder(Decoder):
         torch.Size([8])
     """
 
+    def __init__(self, network: nn.Module, logit_max: float = 50.0) -> None:
+        super().__init__(network)
+        self.logit_max = require_positive(logit_max, "logit_max")
+
     def forward(self, z: Tensor) -> Distribution:
         """Return p(x|z), batch shape (...), event shape x_shape."""
-        logits = self.network(z)
-        return dist.ContinuousBernoulli(logits=logits).to_event(_event_dim(logits, z))
+        logits = self.logit_max * torch.tanh(self.network(z) / self.logit_max)
+        return ContinuousBernoulli(logits).to_event(_event_dim(logits, z))
 
     def bias_for(self, x: Tensor) -> Tensor:
-        """Return logits whose mean is the pixel mean, found by bisection within [-15, 15].
-
-        Beyond, torch's normaliser is clipped in float32; the means there are 0.067 and 0.933.
-        """
+        """Return a for logits whose mean is the pixel mean, by bisection up to logit_max/2."""
         mean = x.mean(0)
-        low, high = torch.full_like(mean, -15.0), torch.full_like(mean, 15.0)
+        low = torch.full_like(mean, -self.logit_max / 2)
+        high = -low
         for _ in range(50):
             middle = (low + high) / 2
-            below = dist.ContinuousBernoulli(logits=middle).mean < mean
+            below = ContinuousBernoulli(middle).mean < mean
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return middle
+        return self.logit_max * torch.atanh(middle / self.logit_max)
 
 
 class GaussianDecoder(Decoder):

@@ -152,7 +152,12 @@ def log_likelihood(
     samples = num_samples or {"elbo": 100, "iwae": 5000}[method]
     rows = max(1, CHUNK_BYTES // (data.element_size() * _widest(pair)))
     results = []
-    with frozen(pair, seed), tqdm(total=len(data), disable=not progress, unit="datum") as bar:
+    thawed = nn.Module() if proposal is None else proposal
+    with (
+        frozen(pair, seed),
+        frozen(thawed, None),
+        tqdm(total=len(data), disable=not progress, unit="datum") as bar,
+    ):
         for chunk in data.split(max(min(64, rows), rows // samples)):
             streaming = _StreamingWeights(samples, chunk)
             for count in _counts(samples, max(1, rows // len(chunk))):
@@ -235,7 +240,7 @@ def _guide(pair: Autoencoder, method: str, proposal: nn.Module | None) -> Callab
         raise ValueError(
             f"proposal must be an encoder, a torch.nn.Module, got {type(proposal).__name__}"
         )
-    with frozen(pair, seed=0):
+    with frozen(pair, seed=0), frozen(proposal, None):
         prior, x = pair.prior(), torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype)
         try:
             density = proposal(x)
@@ -245,12 +250,13 @@ def _guide(pair: Autoencoder, method: str, proposal: nn.Module | None) -> Callab
             ) from error
     if (
         is_point(density)
+        or is_flat(density)
         or density.event_shape != pair.z_shape
         or is_discrete(density) != is_discrete(prior)
     ):
         raise ValueError(
             f"proposal(x) must return a {'discrete' if is_discrete(prior) else 'continuous'} "
-            f"density with event shape {pair.z_shape}, got "
+            f"density, not a point and not masked, with event shape {pair.z_shape}, got "
             f"{type(base_distribution(density)).__name__} with event shape "
             f"{tuple(density.event_shape)}"
         )
@@ -297,16 +303,16 @@ def _count_states(pair: Autoencoder) -> int | None:
 
 
 def _states(pair: Autoencoder, rows: int) -> Iterator[Tensor]:
-    """Yield all states of the code in blocks of shape (rows, z_dim)."""
-    prior = base_distribution(pair.prior())
-    (z_dim,) = pair.z_shape
-    if isinstance(prior, dist.OneHotCategorical):
-        yield from torch.eye(z_dim, dtype=pair.dtype, device=pair.device).split(rows)
+    """Yield all states of the code in blocks of shape (rows, *z_shape)."""
+    prior = pair.prior()
+    base, like = base_distribution(prior), prior.sample()  # dtype and device of a code
+    if isinstance(base, dist.OneHotCategorical):
+        yield from torch.eye(len(like)).to(like).split(rows)
         return
-    choices = 2 if isinstance(prior, dist.Bernoulli) else prior.probs.shape[-1]
-    place = choices ** torch.arange(z_dim, device=pair.device)  # digits in base `choices`
-    for index in torch.arange(choices**z_dim, device=pair.device).split(rows):
-        yield ((index[:, None] // place) % choices).to(pair.dtype)
+    choices = 2 if isinstance(base, dist.Bernoulli) else base.probs.shape[-1]
+    place = choices ** torch.arange(like.numel(), device=like.device)  # digits in base `choices`
+    for index in torch.arange(choices ** like.numel(), device=like.device).split(rows):
+        yield ((index[:, None] // place) % choices).to(like).reshape(-1, *like.shape)
 
 
 def _enumerated(pair: Autoencoder, x: Tensor) -> Tensor:

@@ -236,16 +236,14 @@ class IWAE(PerDatumObjective):
                 f"dreg=True needs one reparameterised guide site, got {len(pathwise)}; "
                 "use dreg=False"
             )
-        terms = _sum_terms(traces, analytic=False, detach_guide=self.dreg, unscaled=True)
+        terms = _sum_terms(traces, analytic=False, detach_guide=self.dreg, per_datum=True)
         log_weights = terms.log_likelihood - terms.kl  # (K, N)
         bound = torch.logsumexp(log_weights, 0) - math.log(self.num_particles)
         self.kl_method = terms.kl_method
-        if self.dreg and self.num_particles > 1 and log_weights.requires_grad:
-            weights = torch.softmax(log_weights.detach(), 0)  # (K, N)
+        if self.dreg and self.num_particles > 1:
+            weights = torch.softmax(log_weights.detach(), 0)  # (K, N), once more than logsumexp's
             for site in pathwise:
                 _weight_gradient(site["value"], weights)
-            surrogate = (weights * log_weights).sum(0)
-            bound = bound.detach() + surrogate - surrogate.detach()
         return -terms.scale * bound, -terms.shared
 
 
@@ -295,13 +293,13 @@ def elbo_terms(
 ) -> Terms:
     """Return the terms of the ELBO of each particle and datum; see :class:`Terms`."""
     traces = trace_pair(model, guide, args, kwargs, num_particles)
-    return _sum_terms(traces, analytic=analytic, detach_guide=False, unscaled=False)
+    return _sum_terms(traces, analytic=analytic, detach_guide=False, per_datum=False)
 
 
 def log_weights(model: Program, guide: Program, *args: Any, num_particles: int = 1) -> Tensor:
     r"""Return log importance weights, (K, N) in nats: :math:`\log p(x, z_k) - \log q(z_k|x)`."""
     traces = trace_pair(model, guide, args, {}, num_particles)
-    terms = _sum_terms(traces, analytic=False, detach_guide=False, unscaled=True)
+    terms = _sum_terms(traces, analytic=False, detach_guide=False, per_datum=True)
     return terms.log_likelihood - terms.kl
 
 
@@ -316,62 +314,95 @@ def _vectorized(program: Program, num_particles: int) -> Program:
     return run
 
 
-def _sum_terms(traces: Traces, analytic: bool, detach_guide: bool, unscaled: bool) -> Terms:
-    """Sum log-probabilities over sites, the data plate and the particles kept apart."""
-    observed: list[Tensor] = []
-    divergences: list[Tensor] = []
-    shared: list[Tensor] = []
-    shared_kl: list[Tensor] = []
-    scores: list[Tensor] = []
-    kl_method: dict[str, str] = {}
+def _check_sites(traces: Traces, per_datum: bool) -> None:
+    """Refuse programs whose log-probabilities would sum to no bound, or to a wrong gradient."""
     for name, site in traces.model.items():
-        guide_site = traces.guide.get(name)
-        if guide_site is None:  # observed, or a factor
-            term = _weigh(_log_prob(name, site), site, unscaled)
-            if _in_plate(site, "data"):
-                observed.append(term)
-            else:
-                shared.append(_mean_over_particles(term, site))
+        latent, inside = name in traces.guide, _in_plate(site, "data")
+        if not latent and not site["is_observed"]:
+            raise ValueError(
+                f"site {name!r} is latent in the model and missing from the guide, so the loss "
+                "would be no bound; sample it in the guide too, or observe it"
+            )
+        if not per_datum or inside:
             continue
-        if unscaled and not _in_plate(site, "data"):
+        if latent:
             raise ValueError(
                 f"site {name!r} is latent and outside the data plate: all data share it, so "
                 "importance weights per datum do not exist; use ELBO, or move it into the plate"
             )
+        log_prob = _log_prob(name, site)
+        if _in_plate(site, "particles") and not (log_prob == log_prob[:1]).all():
+            raise ValueError(
+                f"site {name!r} is outside the data plate but depends on the latent sites, so it "
+                "belongs into the weights of the data; move it into the plate, or use ELBO"
+            )
+    for name, site in traces.guide.items():
+        if name in traces.model:
+            continue
+        if not isinstance(site["fn"], Unit):
+            raise ValueError(
+                f"guide site {name!r} is random and missing from the model, so the loss would be "
+                "no bound; put it into both programs with the same distribution"
+            )
+        if not site["fn"].has_rsample and _log_prob(name, site).requires_grad:
+            raise ValueError(
+                f"guide factor {name!r} has has_rsample=False, which would give it the score "
+                "gradient of a random site; write it into the model, or has_rsample=True"
+            )
+        if not _in_plate(site, "data"):
+            raise ValueError(
+                f"guide factor {name!r} is outside the data plate; write it into the model"
+            )
+
+
+def _sum_terms(traces: Traces, analytic: bool, detach_guide: bool, per_datum: bool) -> Terms:
+    """Sum log-probabilities over sites, the data plate and the particles kept apart.
+
+    ``per_datum`` leaves the subsampling scale of the data plate out, as importance weights must.
+    """
+    _check_sites(traces, per_datum)
+    inside: dict[str, list[Tensor]] = {"observed": [], "kl": [], "score": []}
+    shared: dict[str, list[Tensor]] = {"observed": [], "kl": []}
+    kl_method: dict[str, str] = {}
+
+    def add(kind: str, term: Tensor, site: Site) -> None:
+        if not _in_plate(site, "data"):
+            shared[kind].append(_mean_over_particles(_scaled(term, site), site))
+        else:
+            inside[kind].append(term if per_datum else _scaled(term, site))
+
+    for name, site in traces.model.items():
+        guide_site = traces.guide.get(name)
+        if guide_site is None:  # observed, or a factor
+            add("observed", _log_prob(name, site), site)
+            continue
         kl = _analytic_kl(site, guide_site) if analytic else None
         kl_method[name] = "monte carlo" if kl is None else "analytic"
-        if kl is None:
-            kl = _log_prob(name, guide_site, detach_guide) - _log_prob(name, site)
-        kl = _weigh(kl, site, unscaled)
-        if _in_plate(site, "data"):
-            divergences.append(kl)
+        if kl is not None:
+            add("kl", kl, site)
         else:
-            shared_kl.append(_mean_over_particles(kl, site))
+            add("kl", _log_prob(name, guide_site, detach_guide), guide_site)
+            add("kl", -_log_prob(name, site), site)
     for name, site in traces.guide.items():
-        if name not in traces.model:  # auxiliary site or factor of the guide
-            divergences.append(_weigh(_log_prob(name, site, detach_guide), site, unscaled))
+        if name not in traces.model:  # a factor of the guide
+            add("kl", _log_prob(name, site, detach_guide), site)
         if not site["fn"].has_rsample and not is_point(site["fn"]):
             log_q = _log_prob(name, site)
-            if log_q.requires_grad and isinstance(site["fn"], Unit):
+            if log_q.requires_grad and (shared["observed"] or not _in_plate(site, "data")):
                 raise ValueError(
-                    f"guide factor {name!r} has has_rsample=False, which would give it the score "
-                    "gradient of a random site; write it into the model, or has_rsample=True"
+                    f"guide site {name!r} has no reparameterised gradient, and not all sites are "
+                    "inside the data plate; train this pair with pyro.infer.Trace_ELBO"
                 )
             if log_q.requires_grad:
-                scores.append(log_q)
-        if not _in_plate(site, "data") and (name not in traces.model or scores):
-            raise ValueError(
-                f"guide site {name!r} is outside the data plate and is auxiliary or has no "
-                "reparameterised gradient; train this pair with pyro.infer.Trace_ELBO"
-            )
+                inside["score"].append(log_q)
     shape = (traces.num_particles, _data_size(traces))
     return Terms(
-        log_likelihood=_total(observed, shape),
-        kl=_total(divergences, shape),
-        score=_total(scores, shape),
-        shared=sum(shared, torch.zeros(())),
-        shared_kl=sum(shared_kl, torch.zeros(())),
-        scale=_data_scale(traces) if unscaled else 1.0,
+        log_likelihood=_total(inside["observed"], shape),
+        kl=_total(inside["kl"], shape),
+        score=_total(inside["score"], shape),
+        shared=sum(shared["observed"], torch.zeros(())),
+        shared_kl=sum(shared["kl"], torch.zeros(())),
+        scale=_data_scale(traces) if per_datum else 1.0,
         kl_method=kl_method,
     )
 
@@ -386,13 +417,15 @@ def _log_prob(name: str, site: Site, detached: bool = False) -> Tensor:
     return scale_and_mask(log_prob, mask=site["mask"])
 
 
-def _weigh(log_prob: Tensor, site: Site, unscaled: bool) -> Tensor:
-    return log_prob if unscaled else scale_and_mask(log_prob, scale=site["scale"])
+def _scaled(log_prob: Tensor, site: Site) -> Tensor:
+    return scale_and_mask(log_prob, scale=site["scale"])
 
 
 def _analytic_kl(site: Site, guide_site: Site) -> Tensor | None:
     """Closed-form KL(guide || model) at a site, or None where none is registered."""
     if is_point(guide_site["fn"]):  # its KL is infinite; the loss uses log p at the point instead
+        return None
+    if float(site["scale"]) != float(guide_site["scale"]):  # tempered: no longer a KL
         return None
     try:
         kl = kl_divergence(guide_site["fn"], site["fn"])

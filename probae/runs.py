@@ -23,7 +23,7 @@ from . import __version__
 from .autoencoder import Autoencoder, seeded
 from .checks import likelihood_of
 from .datasets import DATASET_NAMES, Splits, as_tensor, binarize, dequantize, load_dataset
-from .distributions import GreyBernoulli
+from .distributions import GreyBernoulli, has_component
 from .likelihood import LogLikelihood, log_likelihood
 from .saving import RECIPE, TENSORS, load
 
@@ -122,7 +122,7 @@ def as_measured(
         note = f"grey levels were dequantised once, (k + u) / {record['dequantize']}, seed {seed}"
         return dequantize(x, record["dequantize"], seed=seed), note
     likelihood = likelihood_of(pair)
-    if isinstance(likelihood, GreyBernoulli):
+    if has_component(likelihood, GreyBernoulli):
         if not is_grey(x):
             return x, ""
         return binarize(x, seed=seed), f"grey pixels were binarised once, seed {seed}"

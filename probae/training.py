@@ -9,21 +9,24 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro
 import pyro.infer
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from .autoencoder import Autoencoder, Kind, frozen, local_parameters, seeded
-from .checks import check_support, chunks, likelihood_of, require_pair
-from .datasets import as_tensor
-from .distributions import GreyBernoulli, mean_of
-from .objectives import ELBO, PerDatumObjective, elbo_terms
+from .autoencoder import Autoencoder, Kind, local_parameters, seeded
+from .checks import TrainingData, require_pair
+from .monitoring import (
+    bound_on,
+    broken_parameter,
+    find_fault,
+    kind_of_loss,
+    measure,
+    objective_loss,
+)
+from .objectives import ELBO, PerDatumObjective
 from .part import require_count, require_positive
 
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -48,10 +51,11 @@ class Run(NamedTuple):
     history: dict[str, list[float]]
     best_epoch: int  # epoch (from 1) whose parameters the pair has now; 0: the starting values
     stopped_early: bool
-    monitored: str  # "val" or "train": where elbo, reconstruction, kl, active_units were measured
+    monitored: str  # where elbo, reconstruction, kl, active_units were measured: "val", or "train"
+    # for 1000 random training data
     objective: str
     kl_method: dict[str, str]  # site -> "analytic" or "monte carlo", in the objective
-    kind: Kind
+    kind: Kind  # what the loss certifies: the pair's kind, as the objective leaves it
     bound_on: str  # what the elbo column bounds, in words
     seconds: float
 
@@ -131,13 +135,13 @@ def fit(
     _check_objective(objective)
     kind = pair.kind  # here, so that replaced parts that do not fit are named
     warmup = getattr(objective, "warmup_epochs", 0.0)
-    data = _Data(pair, x, "x", binarize)
+    data = TrainingData(pair, x, "x", binarize)
     devices = {pair.device}
     with contextlib.ExitStack() as stack:
         if seed is not None:
             stack.enter_context(seeded(seed, devices))
-        held_out = None if val is None else _held_out(pair, val, "val", binarize)
-        monitor = held_out if held_out is not None else _held_out(pair, data, "x", binarize, 1000)
+        held_out = None if val is None else TrainingData(pair, val, "val", binarize)
+        monitor = _monitored(data, held_out)
         stack.enter_context(local_parameters())
         stack.enter_context(torch.enable_grad())
         steps_per_epoch = math.ceil(len(data) / batch_size)
@@ -172,14 +176,14 @@ def fit(
                     losses.append(float(loss.detach()))
                 except ValueError:  # those checks refuse NaN, but name no site
                     torch.set_rng_state(random_state)
-                    if _fault(pair, batch) is None:
+                    if find_fault(pair, batch) is None:
                         raise
                     losses.append(math.nan)
                 if not math.isfinite(losses[-1]):
                     torch.set_rng_state(random_state)
                     mean = losses[-1] / len(batch)
                     what = f"loss became {mean} at epoch {epoch}, step {step + 1}"
-                    raise best.error(what, _fault(pair, batch))
+                    raise best.error(what, find_fault(pair, batch))
                 loss = loss / len(batch)
                 optim.zero_grad(set_to_none=True)
                 loss.backward()
@@ -191,22 +195,22 @@ def fit(
                 bar.update()
             if isinstance(objective, PerDatumObjective):
                 objective.epoch = float(epoch)
-            if (broken := _broken_parameter(pair)) is not None:
+            if (broken := broken_parameter(pair)) is not None:
                 raise best.error(f"training diverged in epoch {epoch}", broken)
             row = {
                 "epoch": epoch,
                 "loss": sum(losses) / len(data),
-                **_measure(pair, monitor),
+                **measure(pair, monitor),
                 "beta": getattr(objective, "beta", 1.0),
                 "lr": optim.param_groups[0]["lr"],
                 "seconds": time.perf_counter() - start,
             }
             if held_out is not None:
-                row["val_loss"] = _objective_loss(pair, objective, held_out)
+                row["val_loss"] = objective_loss(pair, objective, monitor)
             for name in ("elbo", "val_loss"):
                 if not math.isfinite(row.get(name, 0.0)):
                     what = f"{name} became {row[name]} at the end of epoch {epoch}"
-                    raise best.error(what, _fault(pair, monitor))
+                    raise best.error(what, find_fault(pair, monitor))
             for name in columns:
                 history[name].append(float(row[name]))
             bar.set_postfix_str(_progress_text(row))
@@ -223,79 +227,10 @@ def fit(
         monitored="train" if held_out is None else "val",
         objective=type(objective).__name__,
         kl_method=dict(getattr(objective, "kl_method", {})),
-        kind=kind,
-        bound_on=_bound_on(pair, monitor),
+        kind=kind_of_loss(kind, objective),
+        bound_on=bound_on(pair, grey=not binarize and data.is_grey()),
         seconds=time.perf_counter() - start,
     )
-
-
-def active_units(pair: Autoencoder, x: Tensor, threshold: float = 0.01) -> int:
-    r"""Number of latent dimensions that vary with x: :math:`Var_x\,E_{q(z|x)}[z_i] > threshold`.
-
-    Raises:
-        ValueError: ``x`` has the wrong shape or dtype, is empty, or is not finite.
-
-    Reference:
-        Burda, Grosse & Salakhutdinov, Importance weighted autoencoders, 2016.
-
-    Example:
-        >>> import torch, probae
-        >>> probae.active_units(probae.VAE(8, 2), torch.rand(64, 8)) <= 2
-        True
-    """
-    require_pair(pair)
-    data = pair.check_input(_to_pair(pair, as_tensor(x, "x")))
-    with frozen(pair, seed=0):
-        return _active_units(pair, data, require_positive(threshold, "threshold"))
-
-
-class _Data:
-    """Training data that are indexed by batch: a tensor in memory, or a map-style Dataset."""
-
-    def __init__(self, pair: Autoencoder, x: Any, argument: str, binarize: bool) -> None:
-        self.pair, self.binarize, self.argument = pair, binarize, argument
-        self.dataset: Dataset[Any] | None = x if _is_map_style(x) else None
-        if self.dataset is not None:
-            self.size = len(x)
-            if self.size == 0:
-                raise ValueError(f"{argument} is empty: expected at least one datum")
-            self._check(self._items(torch.arange(min(self.size, 2))))
-        else:
-            self.tensor = _to_pair(pair, as_tensor(x, argument))
-            self.size = len(self.tensor)
-            self._check(self.tensor)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def batch(self, index: Tensor) -> Tensor:
-        x = self.tensor[index] if self.dataset is None else self._items(index)
-        if self.dataset is not None:
-            self._check(x)
-        return torch.bernoulli(x) if self.binarize else x
-
-    def _items(self, index: Tensor) -> Tensor:
-        dataset = self.dataset
-        assert dataset is not None
-        items = []
-        for i in index.tolist():
-            item = dataset[i]
-            item = item[0] if isinstance(item, tuple | list) and item else item
-            if not isinstance(item, Tensor | np.ndarray):
-                raise ValueError(
-                    f"{self.argument}[{i}] must be a tensor or a tuple that begins with one, got "
-                    f"{type(item).__name__}; give the Dataset a transform to tensors"
-                )
-            items.append(torch.as_tensor(item))
-            if tuple(items[-1].shape) != self.pair.x_shape:
-                raise ValueError(
-                    f"{self.argument}[{i}] must have the shape {self.pair.x_shape} of one datum, "
-                    f"got {tuple(items[-1].shape)}"
-                )
-        return _to_pair(self.pair, as_tensor(torch.stack(items), self.argument))
-
-    def _check(self, x: Tensor) -> None:
-        check_support(self.pair, x, self.argument, binarize=self.binarize, strict=False)
 
 
 class _Best:
@@ -327,7 +262,7 @@ class _Best:
         try:
             yield
         except torch.linalg.LinAlgError as error:
-            fault = _broken_parameter(self.pair) or str(error)
+            fault = broken_parameter(self.pair) or str(error)
             self.pair.load_state_dict(self.last)
             raise self.error("a matrix lost its rank, or is not finite", fault) from error
         except Exception:
@@ -417,89 +352,6 @@ def _scheduler(
     )
 
 
-def _held_out(
-    pair: Autoencoder, x: Any, argument: str, binarize: bool, limit: int | None = None
-) -> Tensor:
-    """Return data to measure on: checked, on the pair's device, binarised once."""
-    data = x if isinstance(x, _Data) else _Data(pair, x, argument, binarize)
-    size = len(data) if limit is None else min(limit, len(data))
-    return data.batch(torch.arange(size))
-
-
-def _measure(pair: Autoencoder, x: Tensor, rows: int = 1000) -> dict[str, float]:
-    """Mean ELBO, reconstruction and KL in nats per datum, with the same noise at each call."""
-    totals = {"reconstruction": 0.0, "kl": 0.0}
-    with frozen(pair, seed=0):
-        for chunk, _ in chunks(x, rows):
-            terms = elbo_terms(pair.model, pair.guide, chunk)
-            totals["reconstruction"] += float(terms.log_likelihood.sum())
-            totals["kl"] += float(terms.kl.sum())
-        means = {name: total / len(x) for name, total in totals.items()}
-        active = _active_units(pair, x[:1000], 0.01)
-    return {**means, "elbo": means["reconstruction"] - means["kl"], "active_units": active}
-
-
-def _active_units(pair: Autoencoder, x: Tensor, threshold: float) -> int:
-    code = mean_of(pair.encoder(x))  # (N, z_dim)
-    return int((code.var(0, correction=0) > threshold).sum())
-
-
-def _objective_loss(pair: Autoencoder, objective: pyro.infer.ELBO, x: Tensor) -> float:
-    """Mean of the objective on held-out data at its final KL weight, same noise at each call."""
-    epoch, total = getattr(objective, "epoch", None), 0.0
-    rows = max(50, 1000 // objective.num_particles)
-    if isinstance(objective, PerDatumObjective):
-        objective.epoch = math.inf
-    with frozen(pair, seed=0):
-        for chunk, _ in chunks(x, rows):
-            total += float(objective.differentiable_loss(pair.model, pair.guide, chunk))
-    if isinstance(objective, PerDatumObjective) and epoch is not None:
-        objective.epoch = epoch
-    return total / len(x)
-
-
-def _broken_parameter(pair: Autoencoder) -> str | None:
-    """Name a parameter that is not finite, and the site of its part."""
-    for name, parameter in pair.named_parameters():
-        if not parameter.isfinite().all():
-            return f"parameter {name} is not finite{_site_of(name)}"
-    return None
-
-
-def _fault(pair: Autoencoder, x: Tensor) -> str | None:
-    """Name the parameter or the site where a loss stopped being finite."""
-    if (broken := _broken_parameter(pair)) is not None:
-        return broken
-    with torch.no_grad(), pyro.validation_enabled(False):
-        guide = poutine.trace(pair.guide).get_trace(x)
-        model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(x)
-    for program, trace in (("guide", guide), ("model", model)):
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample" or name == "data":
-                continue
-            value, log_prob = site["value"], site["fn"].log_prob(site["value"])
-            if not value.isfinite().all():
-                return f"site {name!r} of the {program} drew a value that is not finite"
-            if not torch.as_tensor(log_prob).isfinite().all():
-                return f"site {name!r} of the {program} has a log-probability that is not finite"
-    return None
-
-
-def _site_of(parameter: str) -> str:
-    """Name the site whose distribution a parameter belongs to."""
-    sites = {"prior": "z", "encoder": "z", "decoder": "x", "corruption": "x_tilde"}
-    part = parameter.split(".")[0]
-    return f" (it belongs to the {part}, site {sites[part]!r})" if part in sites else ""
-
-
-def _bound_on(pair: Autoencoder, x: Tensor) -> str:
-    if not pair.kind.is_lower_bound:
-        return f"nothing: {pair.kind.statement}"
-    if isinstance(likelihood_of(pair), GreyBernoulli) and not ((x == 0) | (x == 1)).all():
-        return "the expected log-likelihood of x's stochastic binarisation (x is grey)"
-    return "log p(x)"
-
-
 def _columns(with_val: bool) -> list[str]:
     measured = ["elbo", "reconstruction", "kl", "active_units"]
     val = ["val_loss"] if with_val else []
@@ -511,9 +363,8 @@ def _progress_text(row: dict[str, float]) -> str:
     return text + (f", val loss {row['val_loss']:.2f}" if "val_loss" in row else "")
 
 
-def _is_map_style(x: Any) -> bool:
-    return isinstance(x, Dataset) and not isinstance(x, IterableDataset) and hasattr(x, "__len__")
-
-
-def _to_pair(pair: Autoencoder, x: Tensor) -> Tensor:
-    return x.detach().to(pair.device, pair.dtype)
+def _monitored(data: TrainingData, val: TrainingData | None) -> Tensor:
+    """Return data to measure on, binarised once: all of ``val``, or 1000 random training data."""
+    if val is not None:
+        return val.batch(torch.arange(len(val)))
+    return data.batch(torch.randperm(len(data))[:1000])

@@ -7,6 +7,7 @@ import sys
 
 import arviz
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
@@ -192,3 +193,150 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     ).stdout
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(grown) * unit < 150 * 2**20
+
+
+class ShiftedPrior(torch.nn.Module):
+    """Gaussian prior that is not standard."""
+
+    def forward(self) -> torch.distributions.Distribution:
+        loc = torch.tensor([1.0, -2.0], dtype=torch.float64)
+        scale = torch.tensor([0.5, 3.0], dtype=torch.float64)
+        return dist.Normal(loc, scale).to_event(1)
+
+
+def test_exact_evidence_under_a_prior_that_is_not_standard() -> None:
+    torch.manual_seed(0)
+    decoder = probae.GaussianDecoder(probae.MLP(2, 4), scale=0.7).double()
+    encoder = probae.GaussianEncoder(probae.MLP(4, (2, 2))).double()
+    pair = probae.Autoencoder(ShiftedPrior(), encoder, decoder)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    weight, bias, _ = (t.detach() for t in decoder.affine())
+    prior = pair.prior()
+    covariance = weight @ torch.diag(prior.variance) @ weight.T + 0.49 * torch.eye(4).double()
+    marginal = torch.distributions.MultivariateNormal(weight @ prior.mean + bias, covariance)
+    assert torch.allclose(probae.log_likelihood(pair, x).values, marginal.log_prob(x), atol=1e-8)
+
+
+def test_proposal_under_a_corruption_is_still_a_bound() -> None:
+    torch.manual_seed(0)
+    decoder = probae.GaussianDecoder(probae.MLP(2, 4), scale=0.7).double()
+    encoder = probae.GaussianEncoder(probae.MLP(4, (2, 2))).double()
+    prior = probae.StandardNormalPrior(2).double()
+    pair = probae.Autoencoder(prior, encoder, decoder, probae.GaussianNoise(0.5))
+    x = torch.randn(5, 4, dtype=torch.float64)
+    exact = probae.log_likelihood(pair, x, "exact").values
+    proposal = probae.LinearGaussianPosterior(decoder)
+    ll = probae.log_likelihood(pair, x, "iwae", 50, proposal=proposal)
+    assert torch.allclose(ll.values, exact, atol=1e-8)
+
+
+class MaskedEncoder(torch.nn.Module):
+    """Encoder whose density is masked out, so that its log-weights bound nothing."""
+
+    def forward(self, x: Tensor) -> torch.distributions.Distribution:
+        return dist.Normal(x[..., :2], 1.0).to_event(1).mask(False)
+
+
+class HalfFlatPrior(torch.nn.Module):
+    """Prior that is improper in one of two dimensions."""
+
+    def forward(self) -> torch.distributions.Distribution:
+        mask = torch.tensor([True, False])
+        return dist.Normal(torch.zeros(2).double(), 1.0).mask(mask).to_event(1)
+
+
+class HiddenPoint(torch.nn.Module):
+    """Point code behind a transform."""
+
+    def forward(self, x: Tensor) -> torch.distributions.Distribution:
+        shift = torch.distributions.transforms.AffineTransform(1.0, 2.0)
+        return dist.TransformedDistribution(dist.Delta(x[..., :2]), [shift]).to_event(1)
+
+
+def test_improper_and_hidden_point_parts_get_no_likelihood() -> None:
+    decoder = probae.GaussianDecoder(probae.MLP(2, 4)).double()
+    encoder = probae.GaussianEncoder(probae.MLP(4, (2, 2))).double()
+    prior = probae.StandardNormalPrior(2).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    masked = probae.Autoencoder(prior, MaskedEncoder(), decoder)
+    assert masked.kind is probae.Kind.ENERGY
+    with pytest.raises(ValueError, match="ENERGY"):
+        probae.log_likelihood(masked, x, "iwae")
+    with pytest.raises(ValueError, match="proposal"):
+        probae.log_likelihood(masked, x, "iwae", proposal=MaskedEncoder())
+    half = probae.Autoencoder(HalfFlatPrior(), encoder, decoder)
+    assert half.kind is probae.Kind.ENERGY
+    for method in ("exact", "iwae"):
+        with pytest.raises(ValueError, match="prior is flat"):
+            probae.log_likelihood(half, x, method)
+    hidden = probae.Autoencoder(prior, HiddenPoint(), decoder)
+    assert hidden.kind is probae.Kind.MAP_JOINT
+    with pytest.raises(ValueError, match="MAP_JOINT"):
+        probae.log_likelihood(hidden, x, "iwae")
+
+
+class ScalarCause(torch.nn.Module):
+    """One categorical cause, not in one-hot code."""
+
+    def forward(self) -> torch.distributions.Distribution:
+        return dist.Categorical(torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64))
+
+
+class Table(torch.nn.Module):
+    """Decoder that looks its parameters up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = torch.nn.Embedding(3, 5)
+
+    def forward(self, z: Tensor) -> torch.distributions.Distribution:
+        return probae.GreyBernoulli(logits=self.logits(z)).to_event(1)
+
+
+class Causes(torch.nn.Module):
+    """Encoder to one categorical cause."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = torch.nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> torch.distributions.Distribution:
+        return dist.Categorical(logits=self.network(x))
+
+
+def test_scalar_integer_causes_are_enumerated() -> None:
+    torch.manual_seed(0)
+    pair = probae.Autoencoder(ScalarCause(), Causes(), Table()).double()
+    x = binary(6, 5)
+    z = torch.arange(3)[:, None]
+    expected = (pair.prior().log_prob(z) + pair.decoder(z).log_prob(x)).logsumexp(0)
+    assert torch.allclose(probae.log_likelihood(pair, x).values, expected, atol=1e-12)
+
+
+class Normed(torch.nn.Module):
+    """Encoder with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = torch.nn.BatchNorm1d(6), probae.MLP(6, (2, 2))
+
+    def forward(self, x: Tensor) -> torch.distributions.Distribution:
+        loc, raw = self.head(self.norm(x)).unbind(-2)
+        return dist.Normal(loc, raw.exp()).to_event(1)
+
+
+def test_proposal_is_evaluated_and_not_trained() -> None:
+    proposal = Normed().double()
+    before = proposal.norm.running_mean.clone()
+    probae.log_likelihood(vae(), binary(), "iwae", 10, proposal=proposal)
+    assert torch.equal(proposal.norm.running_mean, before)
+    assert proposal.training
+
+
+def test_pareto_k_where_there_is_no_tail() -> None:
+    two_larger = torch.zeros(200, 1)
+    two_larger[:2] = 1.0
+    impossible = torch.full((200, 1), -math.inf)
+    khat = pareto_khat(torch.cat([torch.zeros(200, 1), two_larger, impossible], 1), 4000)
+    assert khat[0] == 0
+    assert khat[1:].isnan().all()

@@ -192,11 +192,11 @@ def test_training_does_not_mind_that_gradients_are_off() -> None:
 def test_no_seed_means_the_global_stream() -> None:
     x, pairs = bits(), [vae() for _ in range(3)]
     torch.manual_seed(3)
-    fit(pairs[0], x, epochs=1, seed=None)
+    fit(pairs[0], x, epochs=2, batch_size=4, seed=None)
     moved = torch.rand(1)
-    fit(pairs[1], x, epochs=1, seed=None)
+    fit(pairs[1], x, epochs=2, batch_size=4, seed=None)
     torch.manual_seed(3)
-    fit(pairs[2], x, epochs=1, seed=None)
+    fit(pairs[2], x, epochs=2, batch_size=4, seed=None)
     assert_state(pairs[2], state(pairs[0]))
     weights = [pair.encoder.network.output.weight for pair in pairs]
     assert not torch.equal(weights[0], weights[1])
