@@ -89,13 +89,13 @@ def run(
 def table(result: dict[str, Any]) -> str:
     """Return the figures as README shows them."""
     lines = [
-        "| model | test NLL, nats per image | -ELBO | active units |",
-        "|---|---|---|---|",
+        "| model | test NLL, nats per image | -ELBO | active units | images with Pareto k > 0.7 |",
+        "|---|---|---|---|---|",
     ]
     for name, row in result["models"].items():
         lines.append(
             f"| {name} | {row['nll']:.2f} ± {row['std_error']:.2f} | {row['negative_elbo']:.2f} "
-            f"| {row['active_units']:.0f} |"
+            f"| {row['active_units']:.0f} | {100 * row['khat_above_0.7']:.0f} % |"
         )
     lines.append(
         f"\nIWAE(5) − VAE, paired: {result['iwae_minus_vae']:+.2f} ± "
