@@ -43,6 +43,9 @@ class Kind(str, enum.Enum):
     ENERGY = "ENERGY"
     ADVERSARIAL = "ADVERSARIAL"
 
+    def __str__(self) -> str:
+        return self.value
+
     @property
     def is_lower_bound(self) -> bool:
         """Whether -loss is a lower bound on log p(x)."""

@@ -141,7 +141,8 @@ def fit(
         if seed is not None:
             stack.enter_context(seeded(seed, devices))
         held_out = None if val is None else TrainingData(pair, val, "val", binarize)
-        monitor = _monitored(data, held_out)
+        with seeded(0, devices):  # so that what is measured does not change what is trained
+            monitor = _monitored(data, held_out)
         stack.enter_context(local_parameters())
         stack.enter_context(torch.enable_grad())
         steps_per_epoch = math.ceil(len(data) / batch_size)

@@ -345,10 +345,10 @@ def test_bad_arguments_of_functions(call: Callable[[Autoencoder], object], messa
         (probae.GaussianEncoder(MLP(7, (2, Z))), r"proposal does not take x of shape \(2, 8\)"),
         (
             probae.GaussianEncoder(MLP(X, (2, 3))),
-            r"continuous density with event shape \(2,\), .*\(3,\)",
+            r"continuous density,? .*with event shape \(2,\), .*\(3,\)",
         ),
-        (probae.BernoulliEncoder(MLP(X, Z)), r"continuous density .*got Bernoulli"),
-        (probae.PointEncoder(MLP(X, Z)), r"continuous density .*got Delta"),
+        (probae.BernoulliEncoder(MLP(X, Z)), r"continuous density,? .*got Bernoulli"),
+        (probae.PointEncoder(MLP(X, Z)), r"continuous density,? .*got Delta"),
     ],
     ids=["text", "x", "z", "discrete", "point"],
 )
@@ -503,6 +503,13 @@ PARTS: list[tuple[Callable[[], object], str]] = [
     ),
     *(
         (lambda v=v: probae.GaussianNoise(v), r"scale must be a finite number > 0")
+        for v in POSITIVES
+    ),
+    *(
+        (
+            lambda v=v: probae.ContinuousBernoulliDecoder(MLP(2, 8), v),
+            r"logit_max must be a finite number > 0",
+        )
         for v in POSITIVES
     ),
     *(

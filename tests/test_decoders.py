@@ -45,7 +45,8 @@ def reference(decoder: Decoder, z: Tensor) -> td.Distribution:
         case BernoulliDecoder():
             return td.Bernoulli(logits=output)
         case ContinuousBernoulliDecoder():
-            return td.ContinuousBernoulli(logits=output)
+            exact = (0.5 - 1e-6, 0.5 + 1e-6)  # elsewhere torch has no Taylor series
+            return td.ContinuousBernoulli(logits=50 * torch.tanh(output / 50), lims=exact)
         case HeteroscedasticGaussianDecoder():
             return td.Normal(output[:, 0], softplus(output[:, 1]) + 1e-3)
         case GaussianDecoder():
@@ -112,6 +113,17 @@ def test_predicted_scale_stays_above_its_floor(likelihood: str) -> None:
     network.set_bias(torch.stack([torch.full((5,), 0.5), torch.full((5,), -1e6)]))
     decoder = LIKELIHOODS[likelihood](network, scale_min=0.07)
     assert decoder(torch.zeros(1, Z)).base_dist.scale.tolist()[0] == pytest.approx([0.07] * 5)
+
+
+@pytest.mark.parametrize("logit_max", [1.0, 50.0])
+def test_continuous_bernoulli_logit_stays_within_its_bound(logit_max: float) -> None:
+    decoder = ContinuousBernoulliDecoder(MLP(Z, 5), logit_max=logit_max)
+    for bias in (-1e6, 1e6):
+        decoder.network.set_bias(torch.full((5,), bias))
+        logits = decoder(torch.zeros(1, Z)).base_dist.logits
+        torch.testing.assert_close(logits, torch.full((1, 5), math.copysign(logit_max, bias)))
+    x = torch.ones(1, 5)  # without the bound, white pixels have an unbounded density
+    assert decoder(torch.zeros(1, Z)).log_prob(x).item() < 5 * math.log(logit_max + 1)
 
 
 @pytest.mark.parametrize("value", [2e-3, 0.3, 40.0])

@@ -11,6 +11,7 @@ from pyro import distributions as dist
 from scipy import stats
 from torch import Tensor
 
+import probae
 from probae import DiscretizedLogistic, GreyBernoulli
 from probae.distributions import (
     Flow,
@@ -228,3 +229,42 @@ def test_flow_bridge_samples_expands_and_differentiates() -> None:
     assert expanded.sample().shape == (3, 2)
     z = torch.randn(3, 2)
     torch.testing.assert_close(expanded.log_prob(z), flow.log_prob(z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("logit", [0.0, 1e-3, 0.019, 0.021, 5.0, -5.0, 20.0, -50.0, 200.0])
+def test_continuous_bernoulli_integrates_to_one(logit: float, dtype: torch.dtype) -> None:
+    x = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000  # midpoint rule
+    density = probae.ContinuousBernoulli(torch.tensor(logit, dtype=dtype))
+    p = density.log_prob(x.to(dtype)).double().exp()
+    tolerance = 1e-7 if dtype == torch.float64 else 2e-4
+    assert float(p.mean()) == pytest.approx(1, abs=tolerance)
+    assert float((x * p).mean()) == pytest.approx(float(density.mean), abs=tolerance)
+
+
+def test_continuous_bernoulli_is_torchs_where_torchs_is_right() -> None:
+    logits = torch.linspace(-8, 8, 41, dtype=torch.float64)[:, None]
+    x = torch.linspace(0, 1, 11, dtype=torch.float64)
+    reference = torch.distributions.ContinuousBernoulli(logits=logits).log_prob(x)
+    assert torch.allclose(probae.ContinuousBernoulli(logits).log_prob(x), reference, atol=1e-5)
+
+
+def test_continuous_bernoulli_samples_follow_its_distribution_function() -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([-30.0, -2.0, 0.0, 1e-4, 3.0, 100.0], dtype=torch.float64)
+    x = probae.ContinuousBernoulli(logits).rsample(torch.Size((5000,)))
+    for i, logit in enumerate(logits.tolist()):
+        size = logit if abs(logit) > 1e-3 else 0.0
+
+        def cdf(value: np.ndarray, size: float = size) -> np.ndarray:
+            return np.expm1(size * value) / np.expm1(size) if size else value
+
+        assert stats.kstest(x[:, i].numpy(), cdf).pvalue > 1e-6  # false alarm: 1e-6 each
+
+
+def test_continuous_bernoulli_gradient_is_finite_and_right() -> None:
+    logits = torch.tensor([0.0, 0.01, 0.02, 1.0, -40.0], dtype=torch.float64, requires_grad=True)
+    x = torch.full((5,), 0.3, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(probae.ContinuousBernoulli(logits).log_prob(x).sum(), logits)
+    expected = x - probae.ContinuousBernoulli(logits.detach()).mean  # exponential family
+    assert torch.allclose(gradient, expected, atol=1e-9)
