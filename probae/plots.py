@@ -69,7 +69,7 @@ def loss_curve(
         losses.plot(epochs, history["val_loss"], color="C1", label="validation", **one)
     losses.set_ylabel("loss (nats per datum)")
 
-    bound = run is None or run.kind.is_lower_bound
+    bound = run is None or not run.bound_on.startswith("nothing")
     terms.set_title(f"terms of the {'ELBO' if bound else 'loss'}, on {monitored} data")
     distortion = [-value for value in history["reconstruction"]]
     of_x, of_z = _term_labels(run)
@@ -277,7 +277,7 @@ def _beta(history: Mapping[str, Sequence[float]]) -> str:
 def _loss_name(run: Run | None, beta: float) -> str:
     if run is None:
         return "loss"
-    if not run.kind.is_lower_bound:
+    if run.bound_on.startswith("nothing"):
         return f"loss, which bounds nothing ({run.kind.value})"
     return f"loss: the negative {run.objective}" + ("" if beta == 1 else f", KL weight {beta:g}")
 
