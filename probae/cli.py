@@ -85,22 +85,6 @@ PARTS = {  # keyword of a preset: option
 }
 
 
-MODELS = {
-    "vae": Model(VAE),
-    "ppca": Model(PPCA, lr=0.02, schedule="cosine"),
-    "undercomplete": Model(UndercompleteAutoencoder),
-}
-
-PARTS = {  # keyword of a preset: option
-    "hidden": "--hidden",
-    "channels": "--channels",
-    "activation": "--activation",
-    "likelihood": "--likelihood",
-    "likelihood_options": "--likelihood-option",
-    "prior": "--prior",
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 

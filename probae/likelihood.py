@@ -18,8 +18,8 @@ from .checks import check_support, require_pair
 from .datasets import as_tensor
 from .decoders import GaussianDecoder
 from .distributions import base_distribution, is_discrete, is_flat, is_point
-from .objectives import log_weights
 from .part import require_count
+from .terms import log_weights
 
 MAX_STATES = 2**20  # of a discrete code that is enumerated
 CHUNK_BYTES = 4 * 2**20  # widest activation of one pass through the decoder; fits in cache

@@ -14,8 +14,9 @@ from .autoencoder import Autoencoder, Kind, frozen
 from .checks import chunks, likelihood_of, require_pair, to_pair
 from .datasets import as_tensor
 from .distributions import GreyBernoulli, has_component, mean_of
-from .objectives import ELBO, IWAE, PerDatumObjective, elbo_terms
+from .objectives import ELBO, IWAE, PerDatumObjective
 from .part import require_positive
+from .terms import elbo_terms
 
 
 def active_units(pair: Autoencoder, x: Tensor, threshold: float = 0.01) -> int:

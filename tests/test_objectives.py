@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import probae
 from probae.autoencoder import local_parameters
-from probae.objectives import elbo_terms, log_weights
+from probae.terms import elbo_terms, log_weights
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 import probae
 from probae.autoencoder import local_parameters
-from probae.objectives import log_weights
+from probae.terms import log_weights
 
 
 def low_rank_data(n: int, scales: list[float], x_dim: int, noise: float, seed: int = 0) -> Tensor:
