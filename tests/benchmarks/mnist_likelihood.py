@@ -47,11 +47,15 @@ def train(objective: probae.ELBO | probae.IWAE, x: torch.Tensor, epochs: int, se
 
 
 def run(
-    epochs: int = 60, num_samples: int = 5000, limit: int = 10_000, seed: int = 0
+    epochs: int = 60,
+    num_samples: int = 5000,
+    limit: int = 10_000,
+    seed: int = 0,
+    train_limit: int = 60_000,
 ) -> dict[str, Any]:
     """Train both models, evaluate both, and return every figure."""
     data = probae.load_dataset("mnist")
-    x = torch.cat([data.train, data.val])
+    x = torch.cat([data.train, data.val])[:train_limit]
     test = probae.binarize(data.test, seed=1)[:limit]
     warmup = probae.LinearWarmup(min(WARMUP, max(1, epochs // 4)))
     objectives = {"VAE": probae.ELBO(beta=warmup), "IWAE(5)": probae.IWAE(5, dreg=True)}

@@ -32,6 +32,6 @@ def test_mnist_likelihoods_within_sixty_epochs() -> None:
 
 @pytest.mark.usefixtures("mnist")
 def test_the_experiment_runs_end_to_end_in_small() -> None:
-    result = mnist_likelihood.run(epochs=1, num_samples=20, limit=50)
+    result = mnist_likelihood.run(epochs=1, num_samples=20, limit=50, train_limit=5000)
     assert 90 < result["models"]["VAE"]["nll"] < 250
     assert "IWAE(5)" in mnist_likelihood.table(result)
