@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"probae: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("probae: interrupted", file=sys.stderr)
+        print("probae: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
 

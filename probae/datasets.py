@@ -208,8 +208,8 @@ def as_tensor(x: Any, argument: str = "x") -> Tensor:
     if not isinstance(x, Tensor):
         raise ValueError(
             f"{argument} must be a tensor, a NumPy array, the path of a .npy or .npz file or a "
-            f"torch Dataset; got {type(x).__name__}; convert it with torch.as_tensor or "
-            "numpy.asarray"
+            f"torch Dataset; got {type(x).__name__}; pass numpy.asarray(...) of numbers, "
+            "torch.stack(...) of tensors, .to_numpy() of a table, .dataset of a DataLoader"
         )
     if x.layout != torch.strided:
         raise ValueError(f"{argument} must be dense, got {x.layout}; pass {argument}.to_dense()")
@@ -456,6 +456,8 @@ def _stack_items(dataset: Dataset[object], argument: str) -> Tensor:
         item = dataset[i]
         if isinstance(item, (tuple, list)) and item:
             item = item[0]
+        if isinstance(item, np.ndarray):
+            item = torch.as_tensor(item)
         if not isinstance(item, Tensor):
             raise ValueError(
                 f"{argument}[{i}] must be a tensor or a tuple that begins with one, got "
@@ -491,5 +493,7 @@ def _check_unit_interval(x: Tensor) -> None:
 
 def _uniform(x: Tensor, seed: int) -> Tensor:
     """U[0, 1) like x; drawn on the CPU so that a seed means the same on every device."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be an int, got {seed!r}")
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)

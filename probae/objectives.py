@@ -237,7 +237,7 @@ def _require_proposal(name: str, site: Site) -> None:
         raise ValueError(
             f"guide site {name!r} ({type(site['fn']).__name__}) has no reparameterised gradient, "
             "so importance weighting would leave it untrained; use ELBO, "
-            "pyro.infer.TraceGraph_ELBO, or a reparameterised encoder"
+            "pyro.infer.TraceGraph_ELBO under pyro.infer.SVI, or a reparameterised encoder"
         )
 
 

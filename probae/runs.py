@@ -261,10 +261,19 @@ def _replacing(file: Path) -> Iterator[io.BufferedWriter]:
         part.unlink(missing_ok=True)
 
 
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON has no word for, NaN and the infinities, by null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(file: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     with _replacing(file) as stream:
-        stream.write((json.dumps(value, indent=2) + "\n").encode())
+        stream.write((json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_figure(file: Path, figure: Figure) -> None:

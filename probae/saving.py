@@ -54,7 +54,7 @@ def save(pair: Autoencoder, path: str | os.PathLike[str]) -> Path:
         'VAE'
     """
     require_pair(pair)
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path must be a folder, got the file {folder}")
     recipe = {
@@ -80,7 +80,9 @@ def save(pair: Autoencoder, path: str | os.PathLike[str]) -> Path:
 
 
 def load(
-    path: str | os.PathLike[str], pair: Autoencoder | None = None, device: str = "cpu"
+    path: str | os.PathLike[str],
+    pair: Autoencoder | None = None,
+    device: str | torch.device = "cpu",
 ) -> Autoencoder:
     """Read a pair from the folder ``path``.
 
@@ -104,13 +106,13 @@ def load(
         ...     probae.load(path).kind.value
         'ELBO'
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     for name in (RECIPE, TENSORS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"path {folder} holds no saved pair: {name} is missing")
     try:
         recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{folder / RECIPE} is not valid JSON: {error}") from error
     if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
         found = recipe.get("format") if isinstance(recipe, dict) else type(recipe).__name__
@@ -124,9 +126,16 @@ def load(
             )
         pair = _rebuild(recipe, folder / RECIPE)
     require_pair(pair)
+    try:
+        place = torch.empty((), device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here: {first}") from error
+    if place.type == "meta":
+        raise ValueError("device must hold data, got 'meta'; load to 'cpu' or 'cuda'")
     _check_tensors(folder / TENSORS, pair)
-    load_model(pair, str(folder / TENSORS), strict=True, device=device)
-    return pair.to(device)
+    load_model(pair, str(folder / TENSORS), strict=True)
+    return pair.to(place)
 
 
 def _check_tensors(file: Path, pair: Autoencoder) -> None:

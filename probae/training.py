@@ -63,7 +63,8 @@ class Run(NamedTuple):
         last = {name: round(values[-1], 4) for name, values in self.history.items()}
         return (
             f"Run({self.objective} on a pair of kind {self.kind.value}, best epoch "
-            f"{self.best_epoch}, {self.seconds:.1f} s; last epoch: {last})"
+            f"{self.best_epoch}, {self.seconds:.1f} s; elbo bounds {self.bound_on}; last epoch: "
+            f"{last})"
         )
 
 
@@ -90,7 +91,10 @@ def fit(
 
     with L the objective, by default the ELBO. The pair ends with the parameters of its best epoch
     where ``val`` is given (lowest ``val_loss`` once a KL warm-up is over), else of its last. Pyro's
-    param store and torch's random stream are as they were.
+    param store and torch's random stream are as they were. Call ``pair.initialize(x)`` first for
+    starting values that fit the data, as the command line does: training is faster by epochs.
+
+    Pyro's handlers and validation switch belong to the process, so train in one thread at a time.
 
     Args:
         pair: the pair to train; its parameters are changed in place.
@@ -266,7 +270,7 @@ class _Best:
             fault = broken_parameter(self.pair) or str(error)
             self.pair.load_state_dict(self.last)
             raise self.error("a matrix lost its rank, or is not finite", fault) from error
-        except Exception:
+        except BaseException:  # an interrupt too leaves a whole epoch
             self.pair.load_state_dict(self.last)
             raise
 
@@ -313,6 +317,12 @@ def _check_objective(objective: Any) -> None:
         raise ValueError(
             f"objective must have a differentiable_loss, which {type(objective).__name__} lacks; "
             "use probae.ELBO (any pair), probae.IWAE (for RenyiELBO), or train with pyro.infer.SVI"
+        )
+    unfit = (pyro.infer.TraceEnum_ELBO, pyro.infer.JitTrace_ELBO, pyro.infer.JitTraceMeanField_ELBO)
+    if isinstance(objective, (*unfit, pyro.infer.TraceTailAdaptive_ELBO)):
+        raise ValueError(
+            f"objective {type(objective).__name__} cannot be differentiated here; use probae.ELBO, "
+            "pyro.infer.Trace_ELBO or TraceMeanField_ELBO, or train with pyro.infer.SVI"
         )
 
 

@@ -125,7 +125,7 @@ BAD_DATA = {
     "complex": (lambda: bits() * 1j, r"NAME must be floating.*got torch.complex64; pass real"),
     "sparse": (lambda: bits().to_sparse(), r"NAME must be dense, got .*; pass NAME.to_dense\(\)"),
     "objects": (lambda: np.array([[None] * X]), r"NAME must be floating.*got object"),
-    "list": (lambda: bits().tolist(), r"NAME must be a tensor, .*got list; .*as_tensor"),
+    "list": (lambda: bits().tolist(), r"NAME must be a tensor, .*got list; .*numpy.asarray"),
     "number": (lambda: 3, r"NAME must be a tensor, .*got int"),
     "loader": (
         lambda: DataLoader(TensorDataset(bits())),

@@ -501,7 +501,7 @@ ONE = torch.zeros(2)
         (np.array(1.0), r"got shape \(\)"),
         (np.zeros((0, 2)), r"got shape \(0, 2\)"),
         (torch.eye(2).to_sparse(), r"must be dense, got torch.sparse_coo; pass w.to_dense\(\)"),
-        ([0.0, 1.0], "got list; convert it with torch.as_tensor"),
+        ([0.0, 1.0], "got list; pass numpy.asarray"),
         (None, "got NoneType"),
         (
             DataSplits("a", ONE, ONE, ONE, None, 2),
@@ -676,3 +676,20 @@ def test_docstring_examples() -> None:
     result = doctest.testmod(datasets)
     assert result.attempted >= 5
     assert result.failed == 0
+
+
+def test_dataset_of_arrays_is_read() -> None:
+    class Arrays(Dataset[tuple[np.ndarray, int]]):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            return np.full(4, index, dtype=np.float32), 0
+
+    assert as_tensor(Arrays()).tolist() == [[0.0] * 4, [1.0] * 4, [2.0] * 4]
+
+
+def test_seed_must_be_an_int() -> None:
+    for seed in (None, 1.5, True):
+        with pytest.raises(ValueError, match="seed must be an int"):
+            binarize(torch.rand(2, 3), seed=seed)  # type: ignore[arg-type]

@@ -392,3 +392,18 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     assert recipe["x_shape"] == [9]
     header = (tmp_path / "pair.safetensors").read_bytes()[8:9]
     assert header == b"{"  # the safetensors header is JSON
+
+
+def test_device_may_be_a_torch_device_and_must_hold_data(tmp_path: Path) -> None:
+    probae.save(probae.VAE(6, 2), tmp_path)
+    assert probae.load(tmp_path, device=torch.device("cpu")).device.type == "cpu"
+    for device in ("gpu", "meta"):
+        with pytest.raises(ValueError, match=f"device.*{device}"):
+            probae.load(tmp_path, device=device)
+
+
+def test_deeply_nested_recipe_is_refused(tmp_path: Path) -> None:
+    probae.save(probae.VAE(6, 2), tmp_path)
+    (tmp_path / "pair.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(ValueError, match=r"pair\.json"):
+        probae.load(tmp_path)

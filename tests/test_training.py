@@ -669,3 +669,50 @@ def test_code_without_a_mean_in_closed_form_can_be_measured() -> None:
     code = probae.reconstruct(pair, x).mean.reshape(200, Z, X // Z)[..., 0]
     loc = 1 + 2 * (x[:, :Z] + pair.encoder.parameter) + pair.decoder.parameter
     torch.testing.assert_close(code, loc, rtol=0, atol=0.1 * 2 * 6 / 10)  # 6 standard errors
+
+
+def test_an_interrupt_leaves_the_last_whole_epoch() -> None:
+    torch.manual_seed(0)
+    pair, x = probae.VAE(8, 2, hidden=(5,)), torch.rand(64, 8).round()
+    states: list[dict[str, Tensor]] = []
+
+    class Interrupted(probae.ELBO):
+        """Objective at whose seventh step somebody presses Ctrl-C; an epoch has four."""
+
+        steps = 0
+
+        def differentiable_loss(self, *args: object, **kwargs: object) -> Tensor:
+            self.steps += torch.is_grad_enabled()
+            if self.steps == 5:
+                states.append({name: t.clone() for name, t in pair.state_dict().items()})
+            if self.steps == 7:
+                raise KeyboardInterrupt
+            return super().differentiable_loss(*args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        probae.fit(pair, x, epochs=3, batch_size=16, objective=Interrupted(), progress=False)
+    assert all(torch.equal(t, states[0][name]) for name, t in pair.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["TraceEnum_ELBO", "JitTrace_ELBO", "TraceTailAdaptive_ELBO"])
+def test_objectives_that_cannot_be_differentiated_are_refused(name: str) -> None:
+    objective = getattr(pyro.infer, name)()
+    with pytest.raises(ValueError, match=f"{name} cannot be differentiated.*Trace_ELBO"):
+        probae.fit(probae.VAE(8, 2), torch.rand(4, 8).round(), objective=objective, progress=False)
+
+
+def test_the_record_says_what_the_elbo_bounds_and_what_is_left_of_the_kind() -> None:
+    pair, grey = probae.VAE(8, 2, hidden=(5,)), torch.rand(64, 8)
+    assert "stochastic binarisation" in repr(probae.fit(pair, grey, epochs=1, progress=False))
+    run = probae.fit(pair, grey, epochs=1, binarize=True, progress=False)
+    assert run.bound_on == "log p(x)"
+    late = torch.cat([grey.round(), grey])  # grey data behind the binary ones are seen too
+    assert "grey" in probae.fit(pair, late, epochs=1, progress=False).bound_on
+    kinds = {
+        probae.IWAE(3): "IWELBO",
+        probae.ELBO(beta=0.5): "ENERGY",
+        probae.ELBO(beta=2.0): "ELBO",
+    }
+    for objective, kind in kinds.items():
+        run = probae.fit(pair, grey.round(), epochs=1, objective=objective, progress=False)
+        assert run.kind == kind
