@@ -556,7 +556,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cli, "fit", interrupted)
     result = probae_cli("fit", "vae", "--data", "digits", "--out", tmp_path / "run", *FAST)
     assert result.status == 130
-    assert result.err == "probae: interrupted\n"
+    assert result.err == "probae: interrupted; nothing was written\n"
     assert list(tmp_path.iterdir()) == []
 
 
