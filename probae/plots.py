@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .autoencoder import Autoencoder, Kind, frozen
+from .part import require_count
 from .sampling import reconstruct, sample
 from .training import Run
 
@@ -134,7 +135,7 @@ def reconstructions(
         1
     """
     _require_images(pair)
-    _require_count(columns, "columns")
+    require_count(columns, "columns")
     shown = pair.check_input(x)[:columns]
     rows = np.stack([_images(shown), _images(_mean(reconstruct(pair, shown)))])
     if title is None:
@@ -251,11 +252,6 @@ def _require_images(pair: Autoencoder) -> None:
             f"pair must be on images of x_shape (1, H, W), (H, W) or (3, H, W), got "
             f"{pair.x_shape}; build it with x_dim=(1, height, width) on data of that shape"
         )
-
-
-def _require_count(value: Any, argument: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{argument} must be an int >= 1, got {value!r}")
 
 
 def _mean(distribution: Any) -> Tensor:
