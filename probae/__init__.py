@@ -22,9 +22,10 @@ from .encoders import (
     LinearGaussianPosterior,
     PointEncoder,
 )
+from .factors import CodeCoupling, ContractivePenalty, jacobian_norm
 from .likelihood import LogLikelihood, log_likelihood
 from .monitoring import active_units
-from .networks import MLP, ConvNet, DeconvNet
+from .networks import MLP, ConvNet, DeconvNet, TransposedMLP, UnitNormLinear
 from .objectives import ELBO, IWAE, LinearWarmup
 from .part import Part
 from .presets import PPCA, VAE, UndercompleteAutoencoder
@@ -40,6 +41,13 @@ from .priors import (
 )
 from .sampling import Samples, reconstruct, sample
 from .saving import load, save
+from .sparse_coding import (
+    SparseCodes,
+    SparseCodingEncoder,
+    coupling_log_normalizer,
+    lasso,
+    sparse_coding_energy,
+)
 from .training import Run, fit
 
 __version__ = "0.1.0"
@@ -59,8 +67,10 @@ __all__ = [
     "CategoricalDecoder",
     "CategoricalEncoder",
     "CategoricalPrior",
+    "CodeCoupling",
     "ContinuousBernoulli",
     "ContinuousBernoulliDecoder",
+    "ContractivePenalty",
     "ConvNet",
     "Decoder",
     "DeconvNet",
@@ -84,18 +94,26 @@ __all__ = [
     "PoissonDecoder",
     "Run",
     "Samples",
+    "SparseCodes",
+    "SparseCodingEncoder",
     "StandardNormalPrior",
+    "TransposedMLP",
     "UndercompleteAutoencoder",
+    "UnitNormLinear",
     "VampPrior",
     "active_units",
     "as_tensor",
     "binarize",
+    "coupling_log_normalizer",
     "dequantize",
     "fit",
+    "jacobian_norm",
+    "lasso",
     "load",
     "load_dataset",
     "log_likelihood",
     "reconstruct",
     "sample",
     "save",
+    "sparse_coding_energy",
 ]

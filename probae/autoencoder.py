@@ -72,24 +72,29 @@ _STATEMENTS = {
 
 
 class Autoencoder(Part, PyroModule):
-    r"""A probabilistic autoencoder: four parts, two Pyro programs.
+    r"""A probabilistic autoencoder: four or five parts, two Pyro programs.
 
     .. math::
-        model:&\quad z \sim p(z),\quad x \sim p(x|z),\quad \tilde x \sim C(\tilde x|x)\\
+        model:&\quad z \sim p(z),\quad x \sim p(x|z),\quad \tilde x \sim C(\tilde x|x),
+               \quad \text{factor } e^{c(x, z)}\\
         guide:&\quad \tilde x \sim C(\tilde x|x),\quad z \sim q(z|\tilde x)
 
     Without a corruption, x_tilde is absent and the encoder sees x. With one, x_tilde stands in both
-    programs with the same distribution, so it cancels and an ELBO stays an ELBO.
+    programs with the same distribution, so it cancels and an ELBO stays an ELBO. A factor (the
+    penalty of a contractive autoencoder, say) is one more term of the loss, unnormalised: with it
+    the loss says nothing about log p(x).
 
     ``model`` and ``guide`` work with :class:`pyro.infer.SVI` as they are; every parameter of every
-    instance is in the param store under the instance's own name. Sites are ``z``, ``x`` and
-    ``x_tilde``, in one plate ``data``.
+    instance is in the param store under the instance's own name. Sites are ``z``, ``x`` and, where
+    there are such parts, ``x_tilde`` and ``factor``, in one plate ``data``.
 
     Args:
         prior: module, ``prior()`` is p(z) with event shape ``z_shape`` and no batch shape.
         encoder: module, ``encoder(x)`` is q(z|x) for x of shape (..., *x_shape).
         decoder: module, ``decoder(z)`` is p(x|z) for z of shape (..., *z_shape).
         corruption: module, ``corruption(x)`` is C(x_tilde|x), or None.
+        factor: module, ``factor(x, z)`` is a :class:`pyro.distributions.Unit` whose log-factor is
+            c(x, z), or None.
 
     Raises:
         ValueError: parts that do not fit together; the message names the part, the shape that was
@@ -116,6 +121,7 @@ class Autoencoder(Part, PyroModule):
         encoder: nn.Module,
         decoder: nn.Module,
         corruption: nn.Module | None = None,
+        factor: nn.Module | None = None,
     ) -> None:
         name = type(self).__name__
         super().__init__(name=f"{name}_{next(_COUNTERS[name])}")
@@ -125,20 +131,25 @@ class Autoencoder(Part, PyroModule):
                     f"{argument} must be a torch.nn.Module whose forward returns a Distribution, "
                     f"got {type(part).__name__}"
                 )
-        if corruption is not None and not isinstance(corruption, nn.Module):
-            raise ValueError(
-                f"corruption must be a torch.nn.Module or None, got {type(corruption).__name__}"
-            )
+        for argument, option in (("corruption", corruption), ("factor", factor)):
+            if option is not None and not isinstance(option, nn.Module):
+                raise ValueError(
+                    f"{argument} must be a torch.nn.Module or None, got {type(option).__name__}"
+                )
         self.prior = prior
         self.encoder = encoder
         self.decoder = decoder
         self.corruption = corruption
+        self.factor = factor
         dry = self._dry_run()
         self.z_shape = tuple(dry["prior"].event_shape)
         self.x_shape = tuple(dry["decoder"].event_shape)
 
     def model(self, x: Tensor) -> Tensor:
-        """Pyro program p(z) p(x|z) with ``x`` of shape (N, *x_shape) observed; returns z."""
+        """Pyro program p(z) p(x|z) with ``x`` of shape (N, *x_shape) observed; returns z.
+
+        With a corruption it ends in C(x_tilde|x), with a factor in exp c(x, z).
+        """
         self._enter(x)
         with pyro.plate("data", len(x), dim=-1):
             # x_tilde comes first, as in the guide: TraceMeanField_ELBO compares the order of sites
@@ -146,6 +157,9 @@ class Autoencoder(Part, PyroModule):
                 pyro.sample("x_tilde", self.corruption(x))
             z = pyro.sample("z", self.prior())
             pyro.sample("x", self.decoder(z), obs=x)
+            if self.factor is not None:
+                unit = self.factor(x, z)
+                pyro.sample("factor", unit, obs=unit.sample(), infer={"is_auxiliary": True})
         return z
 
     def guide(self, x: Tensor) -> Tensor:
@@ -170,11 +184,15 @@ class Autoencoder(Part, PyroModule):
                 f"parts must keep x_shape {self.x_shape} and z_shape {self.z_shape}, got "
                 f"{shapes[0]} and {shapes[1]}; build a new pair for other shapes"
             )
-        point, flat = is_point(dry["encoder"]), is_flat(dry["prior"])
+        point, masked = is_point(dry["encoder"]), is_flat(dry["encoder"])
+        if self.factor is not None:
+            return Kind.ENERGY
+        if is_flat(dry["prior"]):
+            if not dry["prior_is_constant"] or not (point or masked):
+                return Kind.ENERGY
+            return Kind.RECONSTRUCTION if point and self.corruption is None else Kind.CONDITIONAL
         if not point:
-            return Kind.ENERGY if flat or is_flat(dry["encoder"]) else Kind.ELBO
-        if flat:
-            return Kind.RECONSTRUCTION if self.corruption is None else Kind.CONDITIONAL
+            return Kind.ENERGY if masked else Kind.ELBO
         return Kind.DISCRETE_POINT if is_discrete(dry["prior"]) else Kind.MAP_JOINT
 
     @property
@@ -197,7 +215,7 @@ class Autoencoder(Part, PyroModule):
             ValueError: ``x`` has the wrong shape or dtype, is empty, or is not finite.
         """
         x = self.check_input(as_tensor(x, "x")).to(self.device, self.dtype)
-        for part in (self.prior, self.encoder, self.decoder, self.corruption):
+        for part in (self.prior, self.encoder, self.decoder, self.corruption, self.factor):
             if isinstance(part, Part):
                 part.initialize(x)
 
@@ -255,9 +273,13 @@ class Autoencoder(Part, PyroModule):
             x_tilde = x = x.to(self.dtype)
             if self.corruption is not None:
                 corruption, x_tilde = _draw("corruption(x)", self.corruption, x)
-                _expect("corruption(x)", corruption, Size((3,)), x.shape[1:])
+                _expect("corruption(x)", corruption, Size((3,)), corruption.event_shape)
             encoder, codes = _draw("encoder(x)", self.encoder, x_tilde, sample_shape=(16,))
             _expect("encoder(x)", encoder, Size((3,)), prior.event_shape)
+            if self.factor is not None:
+                factor, _ = _draw("factor(x, z)", self.factor, x, z)
+                _expect("factor(x, z)", factor, Size((3,)), Size((0,)))
+            constant = bool((prior.log_prob(z) == 0).all())
             outside = codes.isfinite().all() and not prior.support.check(codes).all()
         if not is_point(encoder) and is_discrete(encoder) != is_discrete(prior):
             kinds = ["discrete" if is_discrete(d) else "continuous" for d in (encoder, prior)]
@@ -265,13 +287,25 @@ class Autoencoder(Part, PyroModule):
                 f"encoder is {kinds[0]} but prior is {kinds[1]}: their ratio is no density; pick "
                 "both discrete (BernoulliEncoder, BernoulliPrior) or both continuous"
             )
+        learns = any(parameter.requires_grad for parameter in self.prior.parameters())
+        if is_point(encoder) and not is_discrete(prior) and learns:
+            raise ValueError(
+                "prior learns its parameters and encoder is a point code (Delta): shrinking both "
+                "makes the density of the code, and so the loss, unbounded; use an encoder with a "
+                "density, such as a GaussianEncoder, or fix the prior: prior.requires_grad_(False)"
+            )
         if outside:
             raise ValueError(
                 f"encoder makes codes outside the support of the prior ({prior.support}), where "
                 "its density is zero: give the two the same support, such as 0/1 codes for a "
                 "BernoulliPrior and one-hot codes for a CategoricalPrior"
             )
-        return {"prior": prior, "decoder": decoder, "encoder": encoder}
+        return {
+            "prior": prior,
+            "decoder": decoder,
+            "encoder": encoder,
+            "prior_is_constant": constant,
+        }
 
 
 @contextlib.contextmanager

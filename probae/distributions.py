@@ -256,7 +256,7 @@ def is_flat(distribution: Any) -> bool:
 def _pieces(distribution: Any) -> Iterator[Any]:
     """Yield a distribution and all that it is built on."""
     yield distribution
-    for name in ("base_dist", "component_distribution"):
+    for name in ("base_dist", "component_distribution", "gate", "slab"):
         if hasattr(distribution, name):
             yield from _pieces(getattr(distribution, name))
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
 
 from .part import Part, Shape, as_shape, as_widths, numel
 
@@ -37,9 +38,12 @@ class MLP(Part):
         out_shape: shape of one output.
         hidden: widths of the hidden layers.
         activation: one of ``relu, tanh, sigmoid, softplus, elu, silu, gelu``.
+        out_activation: activation of the output, by default none.
+        unit_norm: give the columns of W_1 unit length, as a decoder needs where the penalty on its
+            code could otherwise be had for nothing by scaling z down and W_1 up.
 
     Raises:
-        ValueError: a shape or width is not positive, or the activation is unknown.
+        ValueError: a shape or width is not positive, or an activation is unknown.
 
     Example:
         >>> import torch
@@ -53,20 +57,26 @@ class MLP(Part):
         out_shape: Shape,
         hidden: Shape = (),
         activation: str = "relu",
+        out_activation: str | None = None,
+        unit_norm: bool = False,
     ) -> None:
         super().__init__()
         self.in_shape = as_shape(in_shape, "in_shape")
         self.out_shape = as_shape(out_shape, "out_shape")
         widths = [numel(self.in_shape), *as_widths(hidden, "hidden"), numel(self.out_shape)]
         _activation(activation)  # an unknown name is an error without a hidden layer, too
+        self.out_activation = None if out_activation is None else _activation(out_activation)
         layers: list[nn.Module] = []
-        for width_in, width_out in pairwise(widths[:-1]):
-            layers += [_glorot(nn.Linear(width_in, width_out)), _activation(activation)]
-        self.layers = nn.Sequential(*layers, _glorot(nn.Linear(widths[-2], widths[-1])))
+        for i, (width_in, width_out) in enumerate(pairwise(widths)):
+            layer = UnitNormLinear if unit_norm and i == 0 else nn.Linear
+            layers += [_glorot(layer(width_in, width_out)), _activation(activation)]
+        self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., *in_shape) to (..., *out_shape)."""
         x = self.layers(_flatten(x, self.in_shape))
+        if self.out_activation is not None:
+            x = self.out_activation(x)
         return x.unflatten(-1, self.out_shape) if len(self.out_shape) > 1 else x
 
     @property
@@ -78,12 +88,89 @@ class MLP(Part):
 
     def affine(self) -> tuple[Tensor, Tensor] | None:
         """Return ``(W, b)`` of shapes (out, in) and (out,) if the map is affine, else None."""
-        return (self.output.weight, self.output.bias) if len(self.layers) == 1 else None
+        if len(self.layers) > 1 or self.out_activation is not None:
+            return None
+        layer = self.output
+        weight = layer.unit_weight if isinstance(layer, UnitNormLinear) else layer.weight
+        return weight, layer.bias
 
     @torch.no_grad()
     def set_bias(self, value: Tensor) -> None:
         """Set the bias of the last layer to ``value`` of shape ``out_shape``."""
         self.output.bias.copy_(value.reshape(-1))
+
+
+class UnitNormLinear(nn.Linear):
+    r"""Affine map whose columns have unit length, :math:`y = \sum_i x_i w_i / \|w_i\| + b`.
+
+    Example:
+        >>> import torch
+        >>> UnitNormLinear(3, 5).unit_weight.norm(dim=0).detach()
+        tensor([1., 1., 1.])
+    """
+
+    @property
+    def unit_weight(self) -> Tensor:
+        """The matrix that is applied, of shape (out, in)."""
+        return normalize(self.weight, dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        return linear(x, self.unit_weight, self.bias)
+
+
+class TransposedMLP(Part):
+    r"""The mirror image of a perceptron, with its weights tied: :math:`W_l` becomes :math:`W_l^T`.
+
+    .. math:: y = W_1^T a(\cdots a(W_L^T z + c_L) \cdots) + c_1
+
+    Biases are its own and start at zero.
+
+    Args:
+        mlp: the perceptron; its weights are shared, not copied.
+
+    Raises:
+        ValueError: ``mlp`` is not an :class:`MLP` with a one-dimensional output.
+
+    Reference:
+        Vincent et al., Stacked denoising autoencoders, 2010, section 3.
+
+    Example:
+        >>> import torch
+        >>> encoder = MLP((8, 8), 5, hidden=(32,), out_activation="sigmoid")
+        >>> TransposedMLP(encoder)(torch.rand(7, 5)).shape
+        torch.Size([7, 8, 8])
+    """
+
+    mlp: MLP
+
+    def __init__(self, mlp: MLP) -> None:
+        super().__init__()
+        if not isinstance(mlp, MLP) or len(mlp.out_shape) != 1:
+            raise ValueError(
+                f"mlp must be an MLP with a one-dimensional output, got {type(mlp).__name__}"
+                + (f" with out_shape {mlp.out_shape}" if isinstance(mlp, MLP) else "")
+            )
+        self.in_shape, self.out_shape = mlp.out_shape, mlp.in_shape
+        self.mlp = mlp
+        widths = [layer.in_features for layer in mlp.layers if isinstance(layer, nn.Linear)]
+        self.biases = nn.ParameterList([nn.Parameter(torch.zeros(width)) for width in widths])
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map (..., *in_shape) to (..., *out_shape)."""
+        layers = self.mlp.layers  # linear and activation in turn
+        for i, bias in reversed(list(enumerate(self.biases))):
+            layer = layers[2 * i]
+            assert isinstance(layer, nn.Linear)
+            z = linear(z, layer.weight.T, bias)
+            if i > 0:
+                z = layers[2 * i - 1](z)
+        return z.unflatten(-1, self.out_shape) if len(self.out_shape) > 1 else z
+
+    @torch.no_grad()
+    def set_bias(self, value: Tensor) -> None:
+        """Set the bias of the last layer to ``value`` of shape ``out_shape``."""
+        self.biases[0].copy_(value.reshape(-1))
 
 
 class ConvNet(Part):
@@ -97,6 +184,7 @@ class ConvNet(Part):
         channels: output channels of the convolutions, at least one.
         hidden: widths of the dense layers behind them.
         activation: see :class:`MLP`.
+        out_activation: see :class:`MLP`.
 
     Raises:
         ValueError: ``in_shape`` is not an image shape, or ``channels`` is empty.
@@ -114,6 +202,7 @@ class ConvNet(Part):
         channels: Shape,
         hidden: Shape = (),
         activation: str = "relu",
+        out_activation: str | None = None,
     ) -> None:
         super().__init__()
         self.in_shape = _image_shape(in_shape, "in_shape")
@@ -123,7 +212,7 @@ class ConvNet(Part):
             convolution = nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1)
             layers += [_glorot(convolution), _activation(activation)]
         self.convolutions = nn.Sequential(*layers)
-        self.dense = MLP(sizes[-1], out_shape, hidden, activation)
+        self.dense = MLP(sizes[-1], out_shape, hidden, activation, out_activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., channels, height, width) to (..., *out_shape)."""
@@ -145,6 +234,7 @@ class DeconvNet(Part):
         channels: input channels of the transposed convolutions, at least one.
         hidden: widths of the dense layers before them.
         activation: see :class:`MLP`.
+        unit_norm: see :class:`MLP`.
 
     Raises:
         ValueError: ``out_shape`` is not an image shape, or ``channels`` is empty.
@@ -162,6 +252,7 @@ class DeconvNet(Part):
         channels: Shape,
         hidden: Shape = (),
         activation: str = "relu",
+        unit_norm: bool = False,
     ) -> None:
         super().__init__()
         self.in_shape = as_shape(in_shape, "in_shape")
@@ -171,7 +262,7 @@ class DeconvNet(Part):
             _image_shape(out_shape, "out_shape")
         image = (numel(tuple(parameters)) * c, h, w)
         sizes = _sizes(image, as_shape(channels, "channels")[::-1])[::-1]
-        self.dense = MLP(in_shape, sizes[0], hidden, activation)
+        self.dense = MLP(in_shape, sizes[0], hidden, activation, unit_norm=unit_norm)
         layers: list[nn.Module] = []
         for (c_in, h_in, w_in), (c_out, h_out, w_out) in pairwise(sizes):
             padding = (h_out - 2 * h_in + 1, w_out - 2 * w_in + 1)
@@ -202,11 +293,12 @@ def network_to_code(
     hidden: Shape,
     channels: Shape,
     activation: str,
+    out_activation: str | None = None,
 ) -> Part:
     """Return the network of an encoder: convolutional where ``channels`` are given."""
     if as_widths(channels, "channels"):
-        return ConvNet(x_shape, out_shape, channels, hidden, activation)
-    return MLP(x_shape, out_shape, hidden, activation)
+        return ConvNet(x_shape, out_shape, channels, hidden, activation, out_activation)
+    return MLP(x_shape, out_shape, hidden, activation, out_activation)
 
 
 def network_from_code(
@@ -215,12 +307,13 @@ def network_from_code(
     hidden: Shape,
     channels: Shape,
     activation: str,
+    unit_norm: bool = False,
 ) -> Part:
     """Return the network of a decoder: the encoder's widths and channels in reverse order."""
     widths, channels = as_widths(hidden, "hidden")[::-1], as_widths(channels, "channels")[::-1]
     if channels:
-        return DeconvNet(z_dim, out_shape, channels, widths, activation)
-    return MLP(z_dim, out_shape, widths, activation)
+        return DeconvNet(z_dim, out_shape, channels, widths, activation, unit_norm)
+    return MLP(z_dim, out_shape, widths, activation, unit_norm=unit_norm)
 
 
 def _activation(name: str) -> nn.Module:

@@ -173,8 +173,8 @@ def sum_terms(traces: Traces, analytic: bool, detach_guide: bool, per_datum: boo
     for name, site in traces.guide.items():
         if name not in traces.model:  # a factor of the guide
             add("kl", log_prob_of(name, site, detach_guide), site)
-        if not site["fn"].has_rsample and not is_point(site["fn"]):
-            log_q = log_prob_of(name, site)
+        if not site["fn"].has_rsample:
+            log_q = _score_function(site)
             if log_q.requires_grad and (shared["observed"] or not _in_plate(site, "data")):
                 raise ValueError(
                     f"guide site {name!r} has no reparameterised gradient, and not all sites are "
@@ -202,6 +202,12 @@ def log_prob_of(name: str, site: Site, detached: bool = False) -> Tensor:
     except ValueError as error:
         raise ValueError(f"site {name!r}: {error}") from error
     return scale_and_mask(log_prob, mask=site["mask"])
+
+
+def _score_function(site: Site) -> Tensor:
+    """Log-probability of what was drawn without reparameterisation: all of it, or a part."""
+    score = site["fn"].score_parts(site["value"]).score_function
+    return scale_and_mask(torch.as_tensor(score), mask=site["mask"])
 
 
 def _scaled(log_prob: Tensor, site: Site) -> Tensor:
