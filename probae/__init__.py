@@ -1,13 +1,22 @@
 """Probabilistic autoencoders as Pyro guide/model pairs."""
 
 from .autoencoder import Autoencoder, Kind
-from .corruptions import BitFlip, GaussianNoise
+from .corruptions import (
+    BitFlip,
+    Corruption,
+    GaussianNoise,
+    Masking,
+    PoissonThinning,
+    SaltAndPepper,
+    stack_missing,
+)
 from .datasets import as_tensor, binarize, dequantize, load_dataset
 from .decoders import (
     LIKELIHOODS,
     BernoulliDecoder,
     CategoricalDecoder,
     ContinuousBernoulliDecoder,
+    CorruptedDecoder,
     Decoder,
     DiscretizedLogisticDecoder,
     GaussianDecoder,
@@ -18,29 +27,56 @@ from .distributions import ContinuousBernoulli, DiscretizedLogistic, GreyBernoul
 from .encoders import (
     BernoulliEncoder,
     CategoricalEncoder,
+    ConditionalBernoulliEncoder,
     GaussianEncoder,
+    JumpReLUEncoder,
+    LaplaceEncoder,
     LinearGaussianPosterior,
+    LogNormalEncoder,
+    NoisyGateEncoder,
     PointEncoder,
+    SpikeAndSlabEncoder,
+    TopKEncoder,
 )
 from .factors import CodeCoupling, ContractivePenalty, jacobian_norm
+from .hashing import NoisySigmoidEncoder, ProbitEncoder, ThresholdEncoder
 from .likelihood import LogLikelihood, log_likelihood
+from .metrics import dead_features, feature_density, fraction_of_variance_unexplained, l0_norm
 from .monitoring import active_units
 from .networks import MLP, ConvNet, DeconvNet, TransposedMLP, UnitNormLinear
 from .objectives import ELBO, IWAE, LinearWarmup
 from .part import Part
-from .presets import PPCA, VAE, UndercompleteAutoencoder
+from .presets import (
+    PPCA,
+    VAE,
+    ContractiveAutoencoder,
+    DenoisingAutoencoder,
+    DenoisingVAE,
+    PredictiveSparseDecomposition,
+    SemanticHashing,
+    SparseAutoencoder,
+    UndercompleteAutoencoder,
+)
+from .pretraining import pretrain
 from .priors import (
     BernoulliPrior,
     CategoricalPrior,
+    ExponentialPrior,
     FlatPrior,
     FlowPrior,
     GaussianMixturePrior,
     LaplacePrior,
+    SpikeAndSlabPrior,
     StandardNormalPrior,
+    StudentTPrior,
+    SubsetPrior,
     VampPrior,
 )
-from .sampling import Samples, reconstruct, sample
+from .proposals import fit_proposal
+from .retrieval import binary_codes, hamming_distance, pack_codes, unpack_codes
+from .sampling import Samples, denoise, reconstruct, sample, score
 from .saving import load, save
+from .sparse import ConditionalBernoulli, SpikeAndSlab, hard_threshold, soft_threshold, top_k
 from .sparse_coding import (
     SparseCodes,
     SparseCodingEncoder,
@@ -68,14 +104,22 @@ __all__ = [
     "CategoricalEncoder",
     "CategoricalPrior",
     "CodeCoupling",
+    "ConditionalBernoulli",
+    "ConditionalBernoulliEncoder",
     "ContinuousBernoulli",
     "ContinuousBernoulliDecoder",
+    "ContractiveAutoencoder",
     "ContractivePenalty",
     "ConvNet",
+    "CorruptedDecoder",
+    "Corruption",
     "Decoder",
     "DeconvNet",
+    "DenoisingAutoencoder",
+    "DenoisingVAE",
     "DiscretizedLogistic",
     "DiscretizedLogisticDecoder",
+    "ExponentialPrior",
     "FlatPrior",
     "FlowPrior",
     "GaussianDecoder",
@@ -84,19 +128,38 @@ __all__ = [
     "GaussianNoise",
     "GreyBernoulli",
     "HeteroscedasticGaussianDecoder",
+    "JumpReLUEncoder",
     "Kind",
+    "LaplaceEncoder",
     "LaplacePrior",
     "LinearGaussianPosterior",
     "LinearWarmup",
     "LogLikelihood",
+    "LogNormalEncoder",
+    "Masking",
+    "NoisyGateEncoder",
+    "NoisySigmoidEncoder",
     "Part",
     "PointEncoder",
     "PoissonDecoder",
+    "PoissonThinning",
+    "PredictiveSparseDecomposition",
+    "ProbitEncoder",
     "Run",
+    "SaltAndPepper",
     "Samples",
+    "SemanticHashing",
+    "SparseAutoencoder",
     "SparseCodes",
     "SparseCodingEncoder",
+    "SpikeAndSlab",
+    "SpikeAndSlabEncoder",
+    "SpikeAndSlabPrior",
     "StandardNormalPrior",
+    "StudentTPrior",
+    "SubsetPrior",
+    "ThresholdEncoder",
+    "TopKEncoder",
     "TransposedMLP",
     "UndercompleteAutoencoder",
     "UnitNormLinear",
@@ -104,16 +167,32 @@ __all__ = [
     "active_units",
     "as_tensor",
     "binarize",
+    "binary_codes",
     "coupling_log_normalizer",
+    "dead_features",
+    "denoise",
     "dequantize",
+    "feature_density",
     "fit",
+    "fit_proposal",
+    "fraction_of_variance_unexplained",
+    "hamming_distance",
+    "hard_threshold",
     "jacobian_norm",
+    "l0_norm",
     "lasso",
     "load",
     "load_dataset",
     "log_likelihood",
+    "pack_codes",
+    "pretrain",
     "reconstruct",
     "sample",
     "save",
+    "score",
+    "soft_threshold",
     "sparse_coding_energy",
+    "stack_missing",
+    "top_k",
+    "unpack_codes",
 ]

@@ -17,8 +17,9 @@ from pyro.nn import PyroModule
 from torch import Size, Tensor, nn
 
 from .datasets import as_tensor
-from .distributions import is_discrete, is_flat, is_point
+from .distributions import has_component, is_discrete, is_flat, is_point
 from .part import Part
+from .sparse import SpikeAndSlab
 
 _LOCAL: contextvars.ContextVar[bool] = contextvars.ContextVar("probae_local", default=False)
 _COUNTERS: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
@@ -286,6 +287,12 @@ class Autoencoder(Part, PyroModule):
             raise ValueError(
                 f"encoder is {kinds[0]} but prior is {kinds[1]}: their ratio is no density; pick "
                 "both discrete (BernoulliEncoder, BernoulliPrior) or both continuous"
+            )
+        atoms = [has_component(d, SpikeAndSlab) for d in (encoder, prior)]
+        if atoms == [True, False] and not is_point(encoder):
+            raise ValueError(
+                "encoder puts probability on codes of exactly 0 (SpikeAndSlab) but prior has only a "
+                "density there: their ratio is no density; use a SpikeAndSlabPrior or SubsetPrior"
             )
         learns = any(parameter.requires_grad for parameter in self.prior.parameters())
         if is_point(encoder) and not is_discrete(prior) and learns:

@@ -28,7 +28,17 @@ from .distributions import GreyBernoulli, has_component, is_flat
 from .likelihood import LogLikelihood
 from .networks import ACTIVATIONS
 from .objectives import ELBO, IWAE, LinearWarmup, PerDatumObjective
-from .presets import PPCA, VAE, UndercompleteAutoencoder
+from .presets import (
+    PPCA,
+    VAE,
+    ContractiveAutoencoder,
+    DenoisingAutoencoder,
+    DenoisingVAE,
+    PredictiveSparseDecomposition,
+    SemanticHashing,
+    SparseAutoencoder,
+    UndercompleteAutoencoder,
+)
 from .runs import (
     HISTORY,
     LOSS,
@@ -73,6 +83,12 @@ MODELS = {
     "vae": Model(VAE),
     "ppca": Model(PPCA, lr=0.02, schedule="cosine"),
     "undercomplete": Model(UndercompleteAutoencoder),
+    "sparse": Model(SparseAutoencoder),
+    "denoising": Model(DenoisingAutoencoder),
+    "denoising-vae": Model(DenoisingVAE),
+    "contractive": Model(ContractiveAutoencoder),
+    "psd": Model(PredictiveSparseDecomposition),
+    "hashing": Model(SemanticHashing),
 }
 
 PARTS = {  # keyword of a preset: option

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from .corruptions import Corruption, require_corruption
 from .distributions import ContinuousBernoulli, DiscretizedLogistic, GreyBernoulli
 from .networks import MLP, DeconvNet
 from .part import Part, require_count, require_positive, two_parameters
@@ -340,6 +341,61 @@ class PoissonDecoder(Decoder):
     def bias_for(self, x: Tensor) -> Tensor:
         """Return the pre-softplus mean counts, these at least 0.01."""
         return _inverse_softplus_of(x.mean(0).clamp(min=0.01))
+
+
+class CorruptedDecoder(Part):
+    r"""Decoder of which only a corrupted x is ever seen, the clean x integrated out in closed form.
+
+    .. math:: p(\tilde x|z) = \int C(\tilde x|x)\,p(x|z)\,dx
+
+    The data of a pair with this decoder are the x_tilde, and what its ELBO bounds is
+    **log p(x_tilde)**: nothing is said about the density of a clean x, though the model has one,
+    p(x|z) = ``decoder(z)``; :func:`probae.denoise` returns p(x|x_tilde). With
+    ``Masking(known=True)`` it learns from data with missing entries.
+
+    Args:
+        decoder: module, ``decoder(z)`` is p(x|z) of the clean x.
+        corruption: a :class:`Corruption` with a closed form for that likelihood.
+
+    Raises:
+        ValueError: an argument is no such module; or, from ``forward``, the corruption has no
+            closed form for the likelihood.
+
+    Reference:
+        Mattei & Frellsen, MIWAE: deep generative modelling and imputation of incomplete data sets,
+        2019, for missing data.
+
+    Example:
+        >>> import torch, probae
+        >>> pair = probae.Autoencoder(
+        ...     probae.StandardNormalPrior(2),
+        ...     probae.GaussianEncoder(probae.MLP((2, 8), (2, 2))),
+        ...     CorruptedDecoder(
+        ...         BernoulliDecoder(probae.MLP(2, 8)), probae.Masking(0.3, known=True)
+        ...     ),
+        ... )
+        >>> x = probae.stack_missing(torch.tensor([[0.0, 1.0, float("nan"), 1.0] * 2] * 5))
+        >>> probae.log_likelihood(pair, x, num_samples=10).values.shape  # of log p(x_tilde)
+        torch.Size([5])
+    """
+
+    def __init__(self, decoder: nn.Module, corruption: Corruption) -> None:
+        super().__init__()
+        if not isinstance(decoder, nn.Module):
+            raise ValueError(
+                f"decoder must be a torch.nn.Module whose forward returns p(x|z), got {decoder!r}"
+            )
+        self.decoder = decoder
+        self.corruption = require_corruption(corruption)
+
+    def forward(self, z: Tensor) -> Distribution:
+        """Return p(x_tilde|z), batch shape (...), event shape that of x_tilde."""
+        return self.corruption.marginal(self.decoder(z))
+
+    def initialize(self, x: Tensor) -> None:
+        """Set the decoder's starting values from data x_tilde, taken for clean, 0 if missing."""
+        if isinstance(self.decoder, Part):
+            self.decoder.initialize(self.corruption.as_clean(x))
 
 
 LIKELIHOODS: dict[str, type[Decoder]] = {

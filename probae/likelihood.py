@@ -97,7 +97,9 @@ def log_likelihood(
         method: ``"exact"``, ``"elbo"``, ``"iwae"``, or ``"auto"``: exact where there is a closed
             form, else iwae.
         num_samples: K, by default 100 for elbo and 5000 for iwae.
-        proposal: an encoder to draw z from in place of the pair's own, for pairs with point codes.
+        proposal: an encoder to draw z from in place of the pair's own, for pairs with point codes
+            or factors, such as :func:`probae.fit_proposal` makes. The figures are then about
+            p(z) p(x|z) alone: no corruption, no factor.
         seed: of the samples of z; None draws from the global stream.
         progress: show a progress bar.
 
@@ -148,7 +150,7 @@ def log_likelihood(
             values = closed_form(data)
         zero = torch.zeros_like(values)
         return LogLikelihood(values, zero, None, None, "exact", False, 0, dimension)
-    guide = _guide(pair, method, proposal)
+    model, guide = _programs(pair, method, proposal)
     samples = num_samples or {"elbo": 100, "iwae": 5000}[method]
     rows = max(1, CHUNK_BYTES // (data.element_size() * _widest(pair)))
     results = []
@@ -161,7 +163,7 @@ def log_likelihood(
         for chunk in data.split(max(min(64, rows), rows // samples)):
             streaming = _StreamingWeights(samples, chunk)
             for count in _counts(samples, max(1, rows // len(chunk))):
-                streaming.add(log_weights(pair.model, guide, chunk, num_particles=count))
+                streaming.add(log_weights(model, guide, chunk, num_particles=count))
             results.append(streaming.elbo() if method == "elbo" else streaming.iwae())
             bar.update(len(chunk))
     values, std_error, ess, khat = (torch.cat(column) for column in zip(*results, strict=True))
@@ -218,23 +220,28 @@ class _StreamingWeights:
         return pareto_khat(self.tail, self.num_samples)
 
 
-def _guide(pair: Autoencoder, method: str, proposal: nn.Module | None) -> Callable[[Tensor], Any]:
-    """Return the program that proposes z, or refuse what would not give a bound."""
+def _programs(
+    pair: Autoencoder, method: str, proposal: nn.Module | None
+) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
+    """Return the model and what proposes z for it, or refuse what would not give a bound."""
     if proposal is None:
         kind = pair.kind
         if kind is Kind.ELBO or (kind is Kind.DISCRETE_POINT and method == "elbo"):
-            return pair.guide
+            return pair.model, pair.guide
         raise ValueError(
             f"method={method!r} needs an encoder with a density, but the pair is of kind "
-            f"{kind.value}: {kind.statement}; pass proposal=, a trained encoder with a density"
+            f"{kind.value}: {kind.statement}; pass proposal=probae.fit_proposal(pair, x_train)"
             + (", or use method='elbo'" if kind is Kind.DISCRETE_POINT else "")
         )
 
-    def propose(x: Tensor) -> Tensor:
+    def propose(x: Tensor) -> None:
         with pyro.plate("data", len(x), dim=-1):
-            if pair.corruption is not None:
-                pyro.sample("x_tilde", pair.corruption(x))
-            return pyro.sample("z", proposal(x))
+            pyro.sample("z", proposal(x))
+
+    def generate(x: Tensor) -> None:  # p(z) p(x|z): neither corruption nor factor
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", pair.prior())
+            pyro.sample("x", pair.decoder(z), obs=x)
 
     if not isinstance(proposal, nn.Module):
         raise ValueError(
@@ -260,7 +267,7 @@ def _guide(pair: Autoencoder, method: str, proposal: nn.Module | None) -> Callab
             f"{type(base_distribution(density)).__name__} with event shape "
             f"{tuple(density.event_shape)}"
         )
-    return propose
+    return generate, propose
 
 
 def _closed_form(pair: Autoencoder) -> Callable[[Tensor], Tensor] | None:

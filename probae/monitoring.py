@@ -103,7 +103,13 @@ def find_fault(pair: Autoencoder, x: Tensor) -> str | None:
 
 def _site_of(parameter: str) -> str:
     """Name the site whose distribution a parameter belongs to."""
-    sites = {"prior": "z", "encoder": "z", "decoder": "x", "corruption": "x_tilde"}
+    sites = {
+        "prior": "z",
+        "encoder": "z",
+        "decoder": "x",
+        "corruption": "x_tilde",
+        "factor": "factor",
+    }
     part = parameter.split(".")[0]
     return f" (it belongs to the {part}, site {sites[part]!r})" if part in sites else ""
 

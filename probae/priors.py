@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from .distributions import Flow, is_point
-from .part import Part, Shape, as_shape, require_count, require_positive, require_probability
+from .part import (
+    Part,
+    Shape,
+    as_number,
+    as_shape,
+    require_count,
+    require_positive,
+    require_probability,
+)
+from .sparse import ConditionalBernoulli, SpikeAndSlab
 
 if TYPE_CHECKING:
     from torch.distributions import Distribution
@@ -64,24 +73,188 @@ class LaplacePrior(Part):
     Args:
         z_dim: number of latent dimensions.
         rate: λ > 0, the weight of the L1 penalty that -log p(z) is.
+        learn_rate: train λ, from ``rate`` on. Under a point code the loss then has no minimum: it
+            falls without limit as z -> 0 and λ -> ∞.
 
     Raises:
         ValueError: ``rate`` is not a finite number > 0.
+
+    Reference:
+        Olshausen & Field, Sparse coding with an overcomplete basis set, 1997.
 
     Example:
         >>> LaplacePrior(3, rate=2.0)().event_shape
         torch.Size([3])
     """
 
-    def __init__(self, z_dim: int, rate: float = 1.0) -> None:
+    def __init__(self, z_dim: int, rate: float = 1.0, learn_rate: bool = False) -> None:
         super().__init__()
         z_dim = require_count(z_dim, "z_dim")
         self.rate = require_positive(rate, "rate")
+        self.log_rate = nn.Parameter(torch.tensor(math.log(self.rate))) if learn_rate else None
         self.register_buffer("loc", torch.zeros(z_dim), persistent=False)
 
     def forward(self) -> Distribution:
         """Return p(z), event shape (z_dim,)."""
-        return dist.Laplace(self.loc, 1 / self.rate).to_event(1)
+        scale = 1 / self.rate if self.log_rate is None else (-self.log_rate).exp()
+        return dist.Laplace(self.loc, scale).to_event(1)
+
+
+class ExponentialPrior(Part):
+    r"""Exponential prior of nonnegative codes, :math:`p(z) = \prod_i \lambda e^{-\lambda z_i}`.
+
+    The prior that fits a ReLU code: a Laplace prior puts half its mass where ReLU never goes.
+
+    Args:
+        z_dim: number of latent dimensions.
+        rate: λ > 0, the weight of the L1 penalty that -log p(z) is.
+
+    Raises:
+        ValueError: ``rate`` is not a finite number > 0.
+
+    Reference:
+        Hoyer, Non-negative sparse coding, 2002.
+
+    Example:
+        >>> import torch
+        >>> ExponentialPrior(3, rate=2.0)().log_prob(torch.tensor([0.0, 1.0, 0.5]))
+        tensor(-0.9206)
+    """
+
+    zeros: Tensor
+
+    def __init__(self, z_dim: int, rate: float = 1.0) -> None:
+        super().__init__()
+        z_dim = require_count(z_dim, "z_dim")
+        self.rate = require_positive(rate, "rate")
+        self.register_buffer("zeros", torch.zeros(z_dim), persistent=False)
+
+    def forward(self) -> Distribution:
+        """Return p(z), event shape (z_dim,)."""
+        return dist.Exponential(self.zeros + self.rate).to_event(1)
+
+
+class StudentTPrior(Part):
+    r"""Student-t prior, :math:`-\log p(z) = \sum_i \frac{\nu+1}{2} \log(1 + z_i^2/(\nu s^2)) + c`.
+
+    Args:
+        z_dim: number of latent dimensions.
+        degrees: ν > 0, degrees of freedom; the fewer, the sparser.
+        scale: s > 0.
+
+    Raises:
+        ValueError: ``degrees`` or ``scale`` is not a finite number > 0.
+
+    Reference:
+        Welling, Hinton & Osindero, Learning sparse topographic representations with products of
+        Student-t distributions, 2003.
+
+    Example:
+        >>> StudentTPrior(3, degrees=1.5)().event_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, z_dim: int, degrees: float = 3.0, scale: float = 1.0) -> None:
+        super().__init__()
+        z_dim = require_count(z_dim, "z_dim")
+        self.degrees = require_positive(degrees, "degrees")
+        self.scale = require_positive(scale, "scale")
+        self.register_buffer("loc", torch.zeros(z_dim), persistent=False)
+
+    def forward(self) -> Distribution:
+        """Return p(z), event shape (z_dim,)."""
+        return dist.StudentT(self.degrees, self.loc, self.scale).to_event(1)
+
+
+class SpikeAndSlabPrior(Part):
+    r"""Codes with exact zeros, each entry on with probability :math:`\pi = 1 / (1 + e^\lambda)`.
+
+    .. math:: -\log p(z) = \lambda \|z\|_0 + K \log\frac{1}{1-\pi}
+              - \sum_{i:\, z_i \ne 0} \log slab(z_i)
+
+    With the improper flat slab the last term is 0 and -log p(z) is the L0 penalty of JumpReLU. A
+    Gaussian slab makes p proper and adds :math:`\frac12 \log 2\pi\tau^2 + z_i^2 / (2 \tau^2)` to
+    the price λ of an entry that is on. Densities are relative to :math:`(\delta_0 + Lebesgue)^K`,
+    see :class:`SpikeAndSlab`.
+
+    Args:
+        z_dim: number K of latent dimensions.
+        rate: λ, any finite number; at 0 half of the entries are on, above 0 fewer.
+        slab_scale: scale τ > 0 of the Gaussian slab, or None for the flat one.
+
+    Raises:
+        ValueError: ``rate`` is not finite, or ``slab_scale`` is not a finite number > 0.
+
+    Reference:
+        Mitchell & Beauchamp, Bayesian variable selection in linear regression, 1988; Rajamanoharan
+        et al., Jumping ahead: JumpReLU sparse autoencoders, 2024.
+
+    Example:
+        >>> import torch
+        >>> prior = SpikeAndSlabPrior(3, rate=2.0, slab_scale=None)()
+        >>> price = prior.log_prob(torch.zeros(3)) - prior.log_prob(torch.tensor([0.0, 7.0, -1.0]))
+        >>> round(price.item(), 4)  # two active entries
+        4.0
+    """
+
+    loc: Tensor
+
+    def __init__(self, z_dim: int, rate: float = 1.0, slab_scale: float | None = 1.0) -> None:
+        super().__init__()
+        z_dim = require_count(z_dim, "z_dim")
+        if not math.isfinite(as_number(rate)):
+            raise ValueError(f"rate must be a finite number, got {rate!r}")
+        self.rate = float(rate)
+        self.slab_scale = _slab_scale(slab_scale)
+        self.register_buffer("loc", torch.zeros(z_dim), persistent=False)
+
+    def forward(self) -> Distribution:
+        """Return p(z), event shape (z_dim,)."""
+        gate = dist.Bernoulli(logits=self.loc - self.rate).to_event(1)
+        return SpikeAndSlab(gate, _slab(self.loc, self.slab_scale))
+
+
+class SubsetPrior(Part):
+    r"""Codes with exactly k active entries, all k-subsets alike: the prior of TopK.
+
+    .. math:: -\log p(z) = \log \tbinom{K}{k} - \sum_{i:\, z_i \ne 0} \log slab(z_i)
+
+    where :math:`\|z\|_0 = k`, and ∞ elsewhere. Densities are relative to
+    :math:`(\delta_0 + Lebesgue)^K`, see :class:`SpikeAndSlab`.
+
+    Args:
+        z_dim: number K of latent dimensions.
+        num_active: number k of active entries, 1 to K.
+        slab_scale: scale τ > 0 of a Gaussian slab, or None for the improper flat one.
+
+    Raises:
+        ValueError: ``num_active`` is no count between 1 and ``z_dim``, or ``slab_scale`` is not a
+            finite number > 0.
+
+    Reference:
+        Makhzani & Frey, k-sparse autoencoders, 2013.
+
+    Example:
+        >>> import torch
+        >>> SubsetPrior(4, num_active=2, slab_scale=None)().log_prob(torch.tensor([0.0, 5, 0, -1]))
+        tensor(-1.7918)
+    """
+
+    loc: Tensor
+
+    def __init__(self, z_dim: int, num_active: int, slab_scale: float | None = 1.0) -> None:
+        super().__init__()
+        z_dim = require_count(z_dim, "z_dim")
+        self.num_active = require_count(num_active, "num_active")
+        if self.num_active > z_dim:
+            raise ValueError(f"num_active must be at most z_dim, {z_dim}, got {num_active!r}")
+        self.slab_scale = _slab_scale(slab_scale)
+        self.register_buffer("loc", torch.zeros(z_dim), persistent=False)
+
+    def forward(self) -> Distribution:
+        """Return p(z), event shape (z_dim,)."""
+        gate = ConditionalBernoulli(self.loc, self.num_active)
+        return SpikeAndSlab(gate, _slab(self.loc, self.slab_scale))
 
 
 class GaussianMixturePrior(Part):
@@ -249,3 +422,12 @@ class CategoricalPrior(Part):
     def forward(self) -> Distribution:
         """Return p(z), event shape (z_dim,)."""
         return dist.OneHotCategorical(logits=self.logits)
+
+
+def _slab_scale(value: float | None) -> float | None:
+    return None if value is None else require_positive(value, "slab_scale")
+
+
+def _slab(loc: Tensor, scale: float | None) -> Distribution:
+    """Return the Gaussian slab, or the flat one."""
+    return dist.Normal(loc, 1.0).mask(False) if scale is None else dist.Normal(loc, scale)

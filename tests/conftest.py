@@ -166,6 +166,79 @@ def _one_hot_code() -> Autoencoder:
     )
 
 
+def _sparse(
+    prior: str,
+    posterior: str,
+    kind: Kind,
+    kl: str = "monte carlo",
+    *,
+    reparameterised: bool = True,
+    **options: object,
+) -> Case:
+    return Case(
+        "-".join(["sparse", prior, posterior, *(["flat-slab"] if "slab_scale" in options else [])]),
+        lambda: probae.SparseAutoencoder(VECTOR, Z, prior=prior, posterior=posterior, **options),
+        kind=kind,
+        kl=kl,
+        reparameterised=reparameterised,
+    )
+
+
+def _denoising(
+    name: str,
+    corruption: Callable[[], probae.Part],
+    likelihood: str,
+    x_shape: tuple[int, ...] = VECTOR,
+    channels: tuple[int, ...] = (),
+) -> list[Case]:
+    options = {
+        "hidden": (6,),
+        "channels": channels,
+        "activation": "tanh",
+        "likelihood": likelihood,
+        "likelihood_options": OPTIONS.get(likelihood),
+    }
+    return [
+        Case(
+            f"denoising-{name}-{len(x_shape)}d",
+            lambda: probae.DenoisingAutoencoder(x_shape, Z, corruption=corruption(), **options),
+            DATA[likelihood],
+            x_shape,
+            kind=Kind.CONDITIONAL,
+            kl="monte carlo",
+        ),
+        Case(
+            f"denoising-vae-{name}-{len(x_shape)}d",
+            lambda: probae.DenoisingVAE(x_shape, Z, corruption=corruption(), **options),
+            DATA[likelihood],
+            x_shape,
+        ),
+    ]
+
+
+def _contractive(penalty: str, x_shape: tuple[int, ...] = VECTOR, **options: object) -> Case:
+    return Case(
+        "-".join(["contractive", penalty, f"{len(x_shape)}d", *options]),
+        lambda: probae.ContractiveAutoencoder(x_shape, Z, penalty=penalty, **options),
+        x_shape=x_shape,
+        kind=Kind.ENERGY,
+        kl="monte carlo",
+    )
+
+
+def _hashing(posterior: str, kind: Kind, kl: str, **options: object) -> Case:
+    return Case(
+        f"hashing-{posterior}",
+        lambda: probae.SemanticHashing(
+            VECTOR, Z, posterior=posterior, hidden=(6,), activation="tanh"
+        ),
+        bits,
+        kind=kind,
+        kl=kl,
+        **options,
+    )
+
+
 CASES = [
     Case("ppca-exact", lambda: probae.PPCA(VECTOR, Z), kl="monte carlo"),
     Case(
@@ -193,6 +266,67 @@ CASES = [
     _corrupted("bit-flip-vae", lambda: probae.BitFlip(0.1), reparameterised=False),
     _corrupted(
         "denoising-point", lambda: probae.GaussianNoise(0.3), flat=True, kind=Kind.CONDITIONAL
+    ),
+    _sparse("laplace", "point", Kind.MAP_JOINT),
+    _sparse("laplace", "sparse-coding", Kind.MAP_JOINT, rate=0.5),
+    _sparse("laplace", "laplace", Kind.ELBO, "analytic"),
+    _sparse("laplace", "gaussian", Kind.ELBO, "analytic"),
+    _sparse("exponential", "point", Kind.MAP_JOINT, hidden=(6,)),
+    _sparse("exponential", "lognormal", Kind.ELBO, "analytic"),
+    _sparse("student-t", "point", Kind.MAP_JOINT),
+    _sparse("student-t", "gaussian", Kind.ELBO),
+    _sparse("spike-and-slab", "point", Kind.MAP_JOINT, bandwidth=3.0),
+    _sparse("spike-and-slab", "point", Kind.ENERGY, slab_scale=None, bandwidth=3.0),
+    _sparse("spike-and-slab", "noisy-gate", Kind.ELBO, "analytic", reparameterised=False),
+    _sparse("spike-and-slab", "noisy-gate", Kind.ENERGY, reparameterised=False, slab_scale=None),
+    _sparse("spike-and-slab", "spike-and-slab", Kind.ELBO, "analytic", reparameterised=False),
+    _sparse("subset", "point", Kind.MAP_JOINT, num_active=2),
+    _sparse("subset", "point", Kind.ENERGY, num_active=2, slab_scale=None),
+    _sparse(
+        "subset",
+        "conditional-bernoulli",
+        Kind.ELBO,
+        "analytic",
+        reparameterised=False,
+        num_active=2,
+    ),
+    *_denoising("gaussian", lambda: probae.GaussianNoise(0.3), "gaussian"),
+    *_denoising("gaussian", lambda: probae.GaussianNoise(0.3), "gaussian", IMAGE, (4, 3)),
+    *_denoising("masking", lambda: probae.Masking(0.3), "gaussian"),
+    *_denoising("known-mask", lambda: probae.Masking(0.3, known=True), "gaussian"),
+    *_denoising("salt-and-pepper", lambda: probae.SaltAndPepper(0.3), "continuous-bernoulli"),
+    *_denoising("bit-flip", lambda: probae.BitFlip(0.1, 0.2), "bernoulli"),
+    *_denoising("thinning", lambda: probae.PoissonThinning(0.5), "poisson"),
+    _contractive("exact"),
+    _contractive("exact", hidden=(6,)),
+    _contractive("exact", IMAGE, tied=False, channels=(4,)),
+    _contractive("hutchinson"),
+    _contractive("noise"),
+    Case(
+        "psd",
+        lambda: probae.PredictiveSparseDecomposition(VECTOR, Z, rate=0.3, hidden=(6,)),
+        kind=Kind.ENERGY,
+        kl="monte carlo",
+    ),
+    Case(
+        "psd-started-only-3d",
+        lambda: probae.PredictiveSparseDecomposition(IMAGE, Z, rate=0.3, hidden=(6,), couple=False),
+        x_shape=IMAGE,
+        kind=Kind.ENERGY,
+        kl="monte carlo",
+    ),
+    _hashing("noise", Kind.CONDITIONAL, "analytic"),
+    _hashing("bernoulli", Kind.ELBO, "analytic", reparameterised=False),
+    _hashing("probit", Kind.ELBO, "analytic", reparameterised=False),
+    _hashing(
+        "threshold",
+        Kind.DISCRETE_POINT,
+        "monte carlo",
+        still={
+            f"encoder.network.layers.{layer}.{name}": "a threshold passes no gradient"
+            for layer in (0, 2)
+            for name in ("weight", "bias")
+        },
     ),
 ]
 

@@ -1,20 +1,35 @@
 """Encoders against the distributions they are named after."""
 
+import math
+from collections.abc import Callable
+
+import pyro
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributions as td
 from torch.nn.functional import softplus
 
+import probae
 from probae import (
     MLP,
     BernoulliDecoder,
     BernoulliEncoder,
     CategoricalEncoder,
+    ConditionalBernoulliEncoder,
     GaussianDecoder,
     GaussianEncoder,
+    JumpReLUEncoder,
+    LaplaceEncoder,
     LinearGaussianPosterior,
+    LogNormalEncoder,
+    NoisyGateEncoder,
     PointEncoder,
+    SpikeAndSlabEncoder,
+    SpikeAndSlabPrior,
+    SubsetPrior,
+    TopKEncoder,
+    top_k,
 )
 from probae.distributions import is_point
 
@@ -119,3 +134,260 @@ def test_gaussian_encoder_says_which_output_it_needs(shape: tuple[int, ...]) -> 
         return
     with pytest.raises(ValueError, match=r"network must have output of shape \(\.\.\., 2, z_dim\)"):
         GaussianEncoder(network)(torch.zeros(7, X))
+
+
+# sparse encoders
+
+
+@pytest.mark.parametrize(
+    ("build", "family"), [(LaplaceEncoder, td.Laplace), (LogNormalEncoder, td.LogNormal)]
+)
+def test_location_and_scale_encoders(
+    build: type[probae.Part], family: Callable[..., td.Distribution], x: Tensor
+) -> None:
+    encoder = build(MLP(X, (2, Z), (4,)), scale_min=0.1).double()
+    loc, scale = encoder.network(x).unbind(-2)
+    reference = td.Independent(family(loc, softplus(scale) + 0.1), 1)
+    z = encoder(x).sample()
+    torch.testing.assert_close(encoder(x).log_prob(z), reference.log_prob(z), rtol=0, atol=1e-12)
+    assert encoder(x).has_rsample
+    with pytest.raises(ValueError, match=r"network must have output of shape \(\.\.\., 2, z_dim\)"):
+        build(MLP(X, Z))(torch.zeros(7, X))
+    with pytest.raises(ValueError, match=r"scale_min must be a finite number > 0, got 0"):
+        build(MLP(X, (2, Z)), 0)
+
+
+@pytest.mark.parametrize("k", [None, 1, 2])
+def test_gated_encoders(k: int | None, x: Tensor) -> None:
+    network = MLP(X, (3, Z), (4,))
+    build = SpikeAndSlabEncoder if k is None else lambda n: ConditionalBernoulliEncoder(n, k)
+    q = build(network).double()(x)
+    logits, loc, scale = network(x).unbind(-2)
+    z = q.sample()
+    on = (z != 0).double()
+    gates = td.Bernoulli(logits=logits).log_prob(on).sum(-1)
+    if k is not None:  # every draw has k ones, and their weights sum to that of one draw
+        assert (on.sum(-1) == k).all()
+        weights = torch.stack([s @ logits.T for s in q.gate.enumerate_support(False)[:, 0]])
+        gates = (on * logits).sum(-1) - weights.logsumexp(0)
+    slab = on * td.Normal(loc, softplus(scale) + 1e-6).log_prob(z)
+    torch.testing.assert_close(q.log_prob(z), gates + slab.sum(-1), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"network must have output of shape \(\.\.\., 3, z_dim\)"):
+        build(MLP(X, (2, Z)))(torch.zeros(7, X))
+
+
+def test_conditional_bernoulli_encoder_errors() -> None:
+    with pytest.raises(ValueError, match=r"num_active must be an int >= 1, got 0"):
+        ConditionalBernoulliEncoder(MLP(X, (3, Z)), 0)
+    with pytest.raises(ValueError, match=r"k must be at most the number of units.* k=4"):
+        ConditionalBernoulliEncoder(MLP(X, (3, Z)), 4)(torch.zeros(7, X))
+
+
+KERNELS = {  # density K and distribution function F of the noise of a threshold
+    "rectangle": (lambda u: (u.abs() <= 0.5).double(), lambda u: (u + 0.5).clamp(0, 1)),
+    "logistic": (lambda u: torch.sigmoid(u) * torch.sigmoid(-u), torch.sigmoid),
+    "gaussian": (
+        lambda u: (-0.5 * u**2).exp() / math.sqrt(2 * math.pi),
+        lambda u: 0.5 * torch.erfc(-u / math.sqrt(2)),
+    ),
+}
+
+
+def gradient_of_thresholds(encoder: probae.Part, value: Tensor) -> Tensor:
+    """d value / d θ, from that with respect to log θ."""
+    (gradient,) = torch.autograd.grad(value, encoder.log_threshold, retain_graph=True)
+    return gradient / encoder.log_threshold.exp()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bandwidth", [0.05, 0.7])
+def test_expected_l0_of_a_noisy_gate_has_the_jumprelu_derivative(
+    kernel: str, bandwidth: float
+) -> None:
+    a = 0.3 + 0.8 * bandwidth * torch.randn(200, 4, dtype=torch.float64)
+    encoder = NoisyGateEncoder(nn.Identity(), 4, 0.3, bandwidth, kernel).double()
+    u = (a - encoder.log_threshold.exp()) / bandwidth
+    density, distribution = KERNELS[kernel]
+    probabilities = encoder(a).gate.mean
+    torch.testing.assert_close(probabilities, distribution(u), rtol=0, atol=1e-12)
+    actual = gradient_of_thresholds(encoder, probabilities.sum())
+    torch.testing.assert_close(actual, -density(u).sum(0) / bandwidth, rtol=1e-8, atol=1e-8)
+    for row in range(3):  # one by one, too: a sum may hide a sign
+        actual = gradient_of_thresholds(encoder, probabilities[row].sum())
+        torch.testing.assert_close(actual, -density(u[row]) / bandwidth, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_jumprelu_is_the_paper_s(kernel: str) -> None:
+    bandwidth, weight = 0.7, torch.randn(4, dtype=torch.float64)
+    a = torch.randn(50, 4, dtype=torch.float64, requires_grad=True)
+    encoder = JumpReLUEncoder(nn.Identity(), 4, 0.3, bandwidth, kernel, rate=2.5).double()
+    theta = encoder.log_threshold.exp().detach()
+    q = encoder(a)
+    z = q.rsample()
+    expected = torch.where(a > theta, a, 0.0)
+    assert torch.equal(z, expected)
+    assert torch.equal(q.log_prob(z), torch.zeros(50, dtype=torch.float64))
+    assert is_point(q)
+    u, density = (a - theta) / bandwidth, KERNELS[kernel][0]
+    steps = -theta / bandwidth * density(u)  # pseudo-derivative of z
+    actual = gradient_of_thresholds(encoder, (z * weight).sum())
+    torch.testing.assert_close(actual, (steps * weight).sum(0), rtol=1e-8, atol=1e-8)
+    (actual,) = torch.autograd.grad((z * weight).sum(), a, retain_graph=True)
+    torch.testing.assert_close(actual, (a > theta) * weight, rtol=0, atol=0)
+    price = gradient_of_thresholds(encoder, q.log_prob(z).sum())
+    torch.testing.assert_close(price, -2.5 * density(u).sum(0) / bandwidth, rtol=1e-8, atol=1e-8)
+    plain = JumpReLUEncoder(nn.Identity(), 4, 0.3, bandwidth, kernel).double()(a)
+    assert not plain.log_prob(plain.sample()).requires_grad
+
+
+@pytest.mark.parametrize("slab_scale", [None, 0.2])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noisy_gate_is_finite_where_gates_are_certain(
+    kernel: str, slab_scale: float | None, dtype: torch.dtype
+) -> None:
+    a = torch.tensor([[-50.0, -0.2, 0.1, 0.15, 50.0]], dtype=dtype, requires_grad=True)
+    encoder = NoisyGateEncoder(nn.Identity(), 5, 0.1, 0.1, kernel, slab_scale).to(dtype)
+    q = encoder(a.expand(300, 5))
+    z = q.sample()
+    assert (z[:, 0] == 0).all()
+    assert (z[:, 4] != 0).all()
+    inputs = [a, encoder.log_threshold]
+    parts = q.score_parts(z)
+    for term in (parts.log_prob.sum(), parts.score_function.sum(), q.gate.mean.sum()):
+        assert term.isfinite()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(term, inputs, retain_graph=True))
+    prior = SpikeAndSlabPrior(5, 1.0, None).to(dtype)().expand((300,))
+    kl = td.kl_divergence(q.gate, prior.gate).sum()
+    assert kl.isfinite()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(kl, inputs))
+
+
+def test_noisy_gate_values() -> None:
+    a = torch.randn(2000, 3, dtype=torch.float64)
+    point = NoisyGateEncoder(nn.Identity(), 3, slab_scale=None).double()(a)
+    z = point.sample()
+    assert torch.equal(z[z != 0], a[z != 0])
+    assert is_point(point)
+    scale = NoisyGateEncoder(nn.Identity(), 3, slab_scale=0.2).double()(a).slab.scale
+    assert torch.equal(scale, torch.full_like(a, 0.2))
+    learned = NoisyGateEncoder(nn.Identity(), 3, slab_scale=0.2, learn_scale=True)
+    assert learned.log_scale.exp().tolist() == pytest.approx([0.2] * 3)
+    assert torch.allclose(learned(a.float()).slab.scale, torch.tensor(0.2))
+
+
+def test_gate_encoders_refuse_settings_that_mean_nothing() -> None:
+    for build in (NoisyGateEncoder, JumpReLUEncoder):
+        for name in ("threshold", "bandwidth"):
+            with pytest.raises(ValueError, match=rf"{name} must be a finite number > 0, got 0"):
+                build(nn.Identity(), 3, **{name: 0})
+        with pytest.raises(ValueError, match=r"kernel must be one of rectangle, .* got 'box'"):
+            build(nn.Identity(), 3, kernel="box")
+        with pytest.raises(ValueError, match=r"z_dim must be an int >= 1, got 0"):
+            build(nn.Identity(), 0)
+        with pytest.raises(ValueError, match=r"network must have output of shape \(\.\.\., 3\)"):
+            build(nn.Identity(), 3)(torch.zeros(7, 4))
+    with pytest.raises(ValueError, match=r"slab_scale must be a finite number > 0, got -1"):
+        NoisyGateEncoder(nn.Identity(), 3, slab_scale=-1)
+    with pytest.raises(ValueError, match=r"learn_scale=True needs a slab_scale"):
+        NoisyGateEncoder(nn.Identity(), 3, slab_scale=None, learn_scale=True)
+    with pytest.raises(ValueError, match=r"rate must be a finite number > 0, got 0"):
+        JumpReLUEncoder(nn.Identity(), 3, rate=0)
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_topk_encoder(positive: bool, x: Tensor) -> None:
+    encoder = TopKEncoder(MLP(X, Z, (4,)), 2, positive).double()
+    z = encoder(x).sample()
+    assert torch.equal(z, top_k(encoder.network(x), 2, positive))
+    assert ((z != 0).sum(-1) == 2).all()
+    assert not positive or (z >= 0).all()
+    assert is_point(encoder(x))
+    with pytest.raises(ValueError, match=r"num_active must be at most z_dim, 3, got 4"):
+        TopKEncoder(MLP(X, Z), 4)(torch.zeros(7, X))
+    with pytest.raises(ValueError, match=r"num_active must be an int >= 1, got 0"):
+        TopKEncoder(MLP(X, Z), 0)
+
+
+SPARSE_PAIRS: dict[str, Callable[[], tuple[probae.Part, probae.Part]]] = {
+    "laplace": lambda: (probae.LaplacePrior(Z, 0.5), LaplaceEncoder(MLP(X, (2, Z)))),
+    "laplace-learned": lambda: (
+        probae.LaplacePrior(Z, learn_rate=True),
+        LaplaceEncoder(MLP(X, (2, Z))),
+    ),
+    "gaussian-laplace": lambda: (probae.LaplacePrior(Z), GaussianEncoder(MLP(X, (2, Z)))),
+    "student-t": lambda: (probae.StudentTPrior(Z), GaussianEncoder(MLP(X, (2, Z)))),
+    "exponential": lambda: (probae.ExponentialPrior(Z), LogNormalEncoder(MLP(X, (2, Z)))),
+    "spike-and-slab": lambda: (SpikeAndSlabPrior(Z), SpikeAndSlabEncoder(MLP(X, (3, Z)))),
+    "subset": lambda: (SubsetPrior(Z, 2), ConditionalBernoulliEncoder(MLP(X, (3, Z)), 2)),
+    "subset-bits": lambda: (
+        SpikeAndSlabPrior(Z),
+        ConditionalBernoulliEncoder(MLP(X, (3, Z)), 2),
+    ),
+    **{
+        f"noisy-gate-{kernel}": lambda kernel=kernel: (
+            SpikeAndSlabPrior(Z),
+            NoisyGateEncoder(MLP(X, Z), Z, 0.1, 1.0, kernel, learn_scale=True),
+        )
+        for kernel in KERNELS
+    },
+    "noisy-gate-point": lambda: (
+        SpikeAndSlabPrior(Z, slab_scale=None),
+        NoisyGateEncoder(MLP(X, Z), Z, 0.1, 1.0, slab_scale=None),
+    ),
+    "jumprelu": lambda: (
+        SpikeAndSlabPrior(Z, slab_scale=None),
+        JumpReLUEncoder(MLP(X, Z), Z, 0.1, 1.0, rate=1.0),
+    ),
+    "topk": lambda: (SubsetPrior(Z, 2, slab_scale=None), TopKEncoder(MLP(X, Z), 2)),
+    "relu-topk": lambda: (SubsetPrior(Z, 2, slab_scale=None), TopKEncoder(MLP(X, Z), 2, True)),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE_PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sparse_pairs_train_every_parameter(name: str, dtype: torch.dtype) -> None:
+    prior, encoder = SPARSE_PAIRS[name]()
+    decoder = GaussianDecoder(MLP(Z, X), learn_scale=True)
+    pair = probae.Autoencoder(prior, encoder, decoder).to(dtype)
+    x = torch.randn(64, X, dtype=dtype)
+    before = {key: p.clone() for key, p in pair.named_parameters()}
+    optimizer = pyro.optim.Adam({"lr": 1e-2})
+    svi = pyro.infer.SVI(pair.model, pair.guide, optimizer, pyro.infer.Trace_ELBO())
+    assert all(math.isfinite(svi.step(x)) for _ in range(5))
+    pair.zero_grad()
+    svi.loss_and_grads(pair.model, pair.guide, x)
+    for key, parameter in pair.named_parameters():
+        assert parameter.grad.isfinite().all(), key
+        assert (parameter.grad != 0).any(), key
+        assert not torch.equal(parameter, before[key]), key
+
+
+def test_jumprelu_and_topk_losses_are_the_published_ones() -> None:
+    rate, size, x = 1.7, 6, torch.randn(20, X, dtype=torch.float64)
+    network, decoder = MLP(X, size), GaussianDecoder(MLP(size, X), scale=math.sqrt(0.5))
+    jump = JumpReLUEncoder(network, size, 0.2, 0.5, rate=rate)
+    pairs = [
+        (SpikeAndSlabPrior(size, rate, slab_scale=None), jump),
+        (SubsetPrior(size, 2, slab_scale=None), TopKEncoder(network, 2, positive=True)),
+    ]
+    constant = X / 2 * math.log(math.pi)
+    for prior, encoder in pairs:
+        pair = probae.Autoencoder(prior.double(), encoder.double(), decoder.double())
+        z = pair.encoder(x).sample()
+        error = (x - pair.decoder(z).mean).square().sum(-1)
+        price = rate * (z != 0).double().sum(-1) + size * math.log1p(math.exp(-rate))
+        if encoder is not jump:
+            price = torch.full((20,), math.log(math.comb(size, 2)), dtype=torch.float64)
+        loss = pyro.infer.Trace_ELBO().differentiable_loss(pair.model, pair.guide, x)
+        assert loss.item() == pytest.approx((error + price + constant).sum().item(), abs=1e-9)
+        if encoder is jump:  # the paper's pseudo-gradient of the whole loss
+            theta = jump.log_threshold.exp()
+            code = z.detach().requires_grad_()
+            residual = (x - pair.decoder(code).mean).square().sum()
+            (pull,) = torch.autograd.grad(residual, code)
+            density = (((network(x) - theta) / 0.5).abs() <= 0.5).double()
+            expected = (-(density / 0.5) * (theta * pull + rate)).sum(0)
+            actual = gradient_of_thresholds(jump, loss)
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

@@ -12,13 +12,17 @@ from probae import (
     MLP,
     BernoulliPrior,
     CategoricalPrior,
+    ExponentialPrior,
     FlatPrior,
     FlowPrior,
     GaussianEncoder,
     GaussianMixturePrior,
     LaplacePrior,
     PointEncoder,
+    SpikeAndSlabPrior,
     StandardNormalPrior,
+    StudentTPrior,
+    SubsetPrior,
     VampPrior,
 )
 
@@ -53,6 +57,78 @@ def test_laplace_is_the_l1_penalty(rate: float, z: Tensor) -> None:
     # at 1e-12: a rate that went through float32 on its way is off by 1e-8
     expected = Z * math.log(rate / 2) - rate * z.abs().sum(-1)
     assert_equal(LaplacePrior(Z, rate).double()().log_prob(z), expected)
+
+
+def test_laplace_rate_can_be_learned(z: Tensor) -> None:
+    fixed, learned = LaplacePrior(Z, 0.3).double(), LaplacePrior(Z, 0.3, learn_rate=True).double()
+    assert list(fixed.parameters()) == []
+    assert learned.log_rate.item() == pytest.approx(math.log(0.3), rel=1e-6)
+    torch.testing.assert_close(fixed().log_prob(z), learned().log_prob(z), rtol=1e-6, atol=1e-6)
+    learned().log_prob(z).sum().backward()
+    expected = (1 - learned.log_rate.exp() * z.abs()).sum()  # d/dλ of log λ - λ|z|, times λ
+    assert_equal(learned.log_rate.grad, expected.detach())
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0, 7.1])
+def test_exponential_is_the_l1_penalty_of_nonnegative_codes(rate: float, z: Tensor) -> None:
+    prior = ExponentialPrior(Z, rate).double()()
+    assert_equal(prior.log_prob(z.abs()), Z * math.log(rate) - rate * z.abs().sum(-1))
+    laplace = LaplacePrior(Z, rate).double()().log_prob(z)
+    assert_equal(prior.log_prob(z.abs()), laplace + Z * math.log(2))
+    assert not prior.support.check(-z.abs()).any()
+
+
+@pytest.mark.parametrize(("degrees", "scale"), [(3.0, 1.0), (0.5, 0.2), (20.0, 3.0)])
+def test_student_t(degrees: float, scale: float, z: Tensor) -> None:
+    penalty = (degrees + 1) / 2 * torch.log1p(z**2 / (degrees * scale**2)).sum(-1)
+    constant = math.log(scale) + 0.5 * math.log(degrees * math.pi)
+    constant += math.lgamma(degrees / 2) - math.lgamma((degrees + 1) / 2)
+    prior = StudentTPrior(Z, degrees, scale).double()()
+    assert_equal(prior.log_prob(z), -penalty - Z * constant)
+
+
+def sparse_codes(z: Tensor) -> Tensor:
+    return torch.where(torch.rand(z.shape) < 0.5, z, 0.0)
+
+
+@pytest.mark.parametrize("rate", [-1.0, 0.0, 0.4, 3.0])
+def test_flat_spike_and_slab_is_the_l0_penalty(rate: float, z: Tensor) -> None:
+    codes = sparse_codes(z)
+    active = (codes != 0).double().sum(-1)
+    probability = 1 / (1 + math.exp(rate))
+    prior = SpikeAndSlabPrior(Z, rate, slab_scale=None).double()()
+    expected = -rate * active - Z * math.log(1 / (1 - probability))
+    assert_equal(prior.log_prob(codes), expected)
+    assert math.log((1 - probability) / probability) == pytest.approx(rate, abs=1e-12)
+    assert prior.gate.mean.tolist() == pytest.approx([probability] * Z, abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_gaussian_slab_adds_its_density_to_what_is_on(scale: float, z: Tensor) -> None:
+    codes = sparse_codes(z)
+    on = (codes != 0).double()
+    slab = on.sum(-1) * 0.5 * math.log(2 * math.pi * scale**2) + (codes**2).sum(-1) / (2 * scale**2)
+    for flat, proper in (
+        (SpikeAndSlabPrior(Z, 0.7, None), SpikeAndSlabPrior(Z, 0.7, scale)),
+        (SubsetPrior(Z, 2, None), SubsetPrior(Z, 2, scale)),
+    ):
+        codes = codes if isinstance(flat, SpikeAndSlabPrior) else codes[on.sum(-1) == 2]
+        slab = slab if isinstance(flat, SpikeAndSlabPrior) else slab[on.sum(-1) == 2]
+        difference = flat.double()().log_prob(codes) - proper.double()().log_prob(codes)
+        assert_equal(difference, slab)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_subsets_are_equally_probable(k: int) -> None:
+    prior = SubsetPrior(5, k, slab_scale=None).double()()
+    codes = prior.sample((40,))
+    assert ((codes != 0).sum(-1) == k).all()
+    assert_equal(
+        prior.log_prob(codes), torch.full((40,), -math.log(math.comb(5, k)), dtype=torch.float64)
+    )
+    assert_equal(prior.gate.mean, torch.full((5,), k / 5, dtype=torch.float64))
+    others = torch.ones(5).double() * (torch.arange(5) < k - 1)
+    assert not prior.support.check(others)
 
 
 def test_mixture_is_the_weighted_sum_of_its_components(z: Tensor) -> None:
@@ -175,6 +251,13 @@ def test_every_prior_has_one_event_dimension_and_no_batch() -> None:
         StandardNormalPrior(Z),
         FlatPrior(Z),
         LaplacePrior(Z),
+        LaplacePrior(Z, learn_rate=True),
+        ExponentialPrior(Z),
+        StudentTPrior(Z),
+        SpikeAndSlabPrior(Z),
+        SpikeAndSlabPrior(Z, slab_scale=None),
+        SubsetPrior(Z, num_active=2),
+        SubsetPrior(Z, num_active=2, slab_scale=None),
         GaussianMixturePrior(Z),
         VampPrior(encoder, 8),
         BernoulliPrior(Z),
@@ -183,3 +266,26 @@ def test_every_prior_has_one_event_dimension_and_no_batch() -> None:
     for prior in priors:
         assert (prior().batch_shape, prior().event_shape) == ((), (Z,))
         assert prior().sample((5,)).shape == (5, Z)
+
+
+def test_sparse_priors_refuse_settings_that_mean_nothing() -> None:
+    for bad in (0.0, -1.0, math.inf, math.nan, "1", None, True):
+        for build in (lambda v: ExponentialPrior(2, v), lambda v: LaplacePrior(2, v, True)):
+            with pytest.raises(ValueError, match=r"rate must be a finite number > 0, got"):
+                build(bad)
+        with pytest.raises(ValueError, match=r"degrees must be a finite number > 0, got"):
+            StudentTPrior(2, degrees=bad)
+        with pytest.raises(ValueError, match=r"scale must be a finite number > 0, got"):
+            StudentTPrior(2, scale=bad)
+        if bad is not None:
+            with pytest.raises(ValueError, match=r"slab_scale must be a finite number > 0, got"):
+                SpikeAndSlabPrior(2, slab_scale=bad)
+            with pytest.raises(ValueError, match=r"slab_scale must be a finite number > 0, got"):
+                SubsetPrior(2, 1, slab_scale=bad)
+    for bad in (math.inf, math.nan, "1", None, True):
+        with pytest.raises(ValueError, match=r"rate must be a finite number, got"):
+            SpikeAndSlabPrior(2, rate=bad)
+    with pytest.raises(ValueError, match=r"num_active must be an int >= 1, got 0"):
+        SubsetPrior(2, 0)
+    with pytest.raises(ValueError, match=r"num_active must be at most z_dim, 2, got 3"):
+        SubsetPrior(2, 3)
