@@ -27,16 +27,11 @@ from .distributions import ContinuousBernoulli, DiscretizedLogistic, GreyBernoul
 from .encoders import (
     BernoulliEncoder,
     CategoricalEncoder,
-    ConditionalBernoulliEncoder,
     GaussianEncoder,
-    JumpReLUEncoder,
     LaplaceEncoder,
     LinearGaussianPosterior,
     LogNormalEncoder,
-    NoisyGateEncoder,
     PointEncoder,
-    SpikeAndSlabEncoder,
-    TopKEncoder,
 )
 from .factors import CodeCoupling, ContractivePenalty, jacobian_norm
 from .hashing import NoisySigmoidEncoder, ProbitEncoder, ThresholdEncoder
@@ -83,6 +78,13 @@ from .sparse_coding import (
     coupling_log_normalizer,
     lasso,
     sparse_coding_energy,
+)
+from .sparse_encoders import (
+    ConditionalBernoulliEncoder,
+    JumpReLUEncoder,
+    NoisyGateEncoder,
+    SpikeAndSlabEncoder,
+    TopKEncoder,
 )
 from .training import Run, fit
 

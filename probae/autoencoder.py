@@ -291,7 +291,7 @@ class Autoencoder(Part, PyroModule):
         atoms = [has_component(d, SpikeAndSlab) for d in (encoder, prior)]
         if atoms == [True, False] and not is_point(encoder):
             raise ValueError(
-                "encoder puts probability on codes of exactly 0 (SpikeAndSlab) but prior has only a "
+                "encoder puts probability on codes of exactly 0 (SpikeAndSlab) but prior has a "
                 "density there: their ratio is no density; use a SpikeAndSlabPrior or SubsetPrior"
             )
         learns = any(parameter.requires_grad for parameter in self.prior.parameters())

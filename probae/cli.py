@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import __version__, plots
 from .autoencoder import Autoencoder, frozen, seeded
 from .checks import likelihood_of
+from .corruptions import CORRUPTIONS
 from .datasets import (
     DATASET_NAMES,
     load_dataset,
@@ -98,6 +99,7 @@ PARTS = {  # keyword of a preset: option
     "likelihood": "--likelihood",
     "likelihood_options": "--likelihood-option",
     "prior": "--prior",
+    "corruption": "--corruption",
 }
 
 
@@ -193,8 +195,15 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     _option(
         parts, "--likelihood-option", text, shown, action="append", metavar="NAME=VALUE", default=[]
     )
-    priors = "normal, laplace, mixture, vamp, flow, flat"
+    priors = (
+        "normal, laplace, mixture, vamp, flow, flat; of sparse: laplace, exponential, student-t"
+    )
+    priors += ", spike-and-slab, subset"
     _option(parts, "--prior", priors, _own("prior"))
+    text = f"of denoising models, with its strength: {', '.join(CORRUPTIONS)}"
+    _option(parts, "--corruption", text, "gaussian-noise=0.3", metavar="NAME=VALUE")
+    text = "any other keyword of the model, such as rate=0.5 of sparse; may be repeated"
+    _option(parts, "--option", text, "none", action="append", metavar="NAME=VALUE", default=[])
 
     training = parser.add_argument_group("training")
     _option(training, "--epochs", "passes over the data", type=int, default=50)
@@ -381,11 +390,13 @@ def _build(args: argparse.Namespace, data: Data) -> Autoencoder:
     """Return the preset with the options that were given, or refuse one that it does not take."""
     preset: Any = MODELS[args.model].preset
     takes = inspect.signature(preset.__init__).parameters
-    options = _likelihood_options(args.likelihood_option)
+    options = _named_values("--likelihood-option", args.likelihood_option)
     if args.likelihood == "discretized-logistic" and data.levels is not None:
         options.setdefault("levels", data.levels)
     given = {**vars(args), "likelihood_options": options or None}
     given = {name: given[name] for name in PARTS if given[name] is not None}
+    if args.corruption is not None:
+        given["corruption"] = _corruption(args.corruption)
     for name in given:
         if name not in takes:
             taken = ["--z-dim", *(flag for part, flag in PARTS.items() if part in takes)]
@@ -393,15 +404,31 @@ def _build(args: argparse.Namespace, data: Data) -> Autoencoder:
                 f"{args.model} takes no {PARTS[name]}; of the options of models it takes "
                 f"{', '.join(taken)}"
             )
+    own = [name for name in takes if name not in ("self", "x_dim", "z_dim", *PARTS)]
+    for name, value in _named_values("--option", args.option).items():
+        if name not in own:
+            raise ValueError(
+                f"--option of {args.model} must be one of {', '.join(own) or '(none)'}, got {name}"
+            )
+        given[name] = value
     return preset(tuple(data.splits.train.shape[1:]), args.z_dim, **given)
 
 
-def _likelihood_options(pairs: list[str]) -> Record:
+def _corruption(text: str) -> nn.Module:
+    """Return the corruption of that name and strength, such as ``masking=0.3``."""
+    ((name, value),) = _named_values("--corruption", [text]).items()
+    if name not in CORRUPTIONS:
+        raise ValueError(f"--corruption must be one of {', '.join(CORRUPTIONS)}, got {name!r}")
+    return CORRUPTIONS[name](value)
+
+
+def _named_values(flag: str, pairs: list[str]) -> Record:
+    """Return NAME=VALUE arguments as a dict, values read as JSON where they are that."""
     options = {}
     for text in pairs:
         name, equals, value = text.partition("=")
         if not name or not equals:
-            raise ValueError(f"--likelihood-option must be NAME=VALUE, got {text!r}")
+            raise ValueError(f"{flag} must be NAME=VALUE, got {text!r}")
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:

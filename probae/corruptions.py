@@ -393,6 +393,15 @@ class PoissonThinning(Corruption):
         return total.to_event(len(distribution.event_shape))
 
 
+CORRUPTIONS: dict[str, type[Corruption]] = {
+    "gaussian-noise": GaussianNoise,
+    "masking": Masking,
+    "salt-and-pepper": SaltAndPepper,
+    "bit-flip": BitFlip,
+    "poisson-thinning": PoissonThinning,
+}
+
+
 def stack_missing(x: Tensor | np.ndarray) -> Tensor:
     """Turn data with NaN for what is missing into values and mask, as ``Masking(known=True)`` does.
 

@@ -149,14 +149,14 @@ class ProbitEncoder(Part):
 
     def forward(self, x: Tensor) -> Distribution:
         """Return q(z|x), batch shape (...), event shape (z_dim,)."""
-        return dist.Bernoulli(logits=_probit_logit(self.network(x) / self.noise)).to_event(1)
+        return dist.Bernoulli(logits=probit_logit(self.network(x) / self.noise)).to_event(1)
 
 
 def _weight(n: float, step: float) -> float:
     return step * math.exp(-n * n / 2) / math.sqrt(2 * math.pi)
 
 
-def _probit_logit(t: Tensor) -> Tensor:
+def probit_logit(t: Tensor) -> Tensor:
     """Return log Φ(t) − log Φ(−t), whose gradient is about |t| far out.
 
     That of ``torch.special.log_ndtr`` is wrong there: it overflows from |t| of about 10⁵.

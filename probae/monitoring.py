@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .autoencoder import Autoencoder, Kind, frozen
 from .checks import chunks, likelihood_of, require_pair, to_pair
+from .corruptions import encoder_input
 from .datasets import as_tensor
+from .decoders import CorruptedDecoder
 from .distributions import GreyBernoulli, has_component, mean_of
 from .objectives import ELBO, IWAE, PerDatumObjective
 from .part import require_positive
@@ -56,7 +58,7 @@ def measure(pair: Autoencoder, x: Tensor, rows: int = 1000) -> dict[str, float]:
 
 
 def _active_units(pair: Autoencoder, x: Tensor, threshold: float) -> int:
-    code = mean_of(pair.encoder(x))  # (N, z_dim)
+    code = mean_of(pair.encoder(encoder_input(pair.corruption, x)))  # (N, z_dim)
     return int((code.var(0, correction=0) > threshold).sum())
 
 
@@ -120,6 +122,8 @@ def bound_on(pair: Autoencoder, grey: bool) -> str:
         return f"nothing: {pair.kind.statement}"
     if grey and has_component(likelihood_of(pair), GreyBernoulli):
         return "the expected log-likelihood of x's stochastic binarisation (x is grey)"
+    if isinstance(pair.decoder, CorruptedDecoder):
+        return "log p(x_tilde), of the corrupted data that the pair was given"
     return "log p(x)"
 
 

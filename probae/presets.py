@@ -15,16 +15,11 @@ from .datasets import as_tensor
 from .decoders import LIKELIHOODS, Decoder, GaussianDecoder
 from .encoders import (
     BernoulliEncoder,
-    ConditionalBernoulliEncoder,
     GaussianEncoder,
-    JumpReLUEncoder,
     LaplaceEncoder,
     LinearGaussianPosterior,
     LogNormalEncoder,
-    NoisyGateEncoder,
     PointEncoder,
-    SpikeAndSlabEncoder,
-    TopKEncoder,
 )
 from .factors import CodeCoupling, ContractivePenalty
 from .hashing import NoisySigmoidEncoder, ProbitEncoder, ThresholdEncoder
@@ -44,6 +39,13 @@ from .priors import (
     VampPrior,
 )
 from .sparse_coding import SparseCodingEncoder
+from .sparse_encoders import (
+    ConditionalBernoulliEncoder,
+    JumpReLUEncoder,
+    NoisyGateEncoder,
+    SpikeAndSlabEncoder,
+    TopKEncoder,
+)
 
 
 class PPCA(Autoencoder):

@@ -12,17 +12,11 @@ from torch import Tensor, nn
 from .autoencoder import Autoencoder
 from .checks import require_pair
 from .distributions import base_distribution, is_discrete, is_flat
-from .encoders import (
-    BernoulliEncoder,
-    CategoricalEncoder,
-    ConditionalBernoulliEncoder,
-    GaussianEncoder,
-    LogNormalEncoder,
-    SpikeAndSlabEncoder,
-)
+from .encoders import BernoulliEncoder, CategoricalEncoder, GaussianEncoder, LogNormalEncoder
 from .networks import MLP
 from .part import Shape
 from .sparse import ConditionalBernoulli, SpikeAndSlab
+from .sparse_encoders import ConditionalBernoulliEncoder, SpikeAndSlabEncoder
 from .training import fit
 
 
@@ -54,7 +48,7 @@ def fit_proposal(
             Gaussian, log-normal (positive z), spike-and-slab, conditional Bernoulli, or discrete.
         hidden: widths of the default encoder's hidden layers.
         activation: of the default encoder, see :class:`MLP`.
-        **options: further keywords of :func:`probae.fit`.
+        options: further keywords of :func:`probae.fit`.
 
     Returns:
         nn.Module: the trained encoder, q(z|x).

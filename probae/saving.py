@@ -13,7 +13,18 @@ import torch
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
-from . import corruptions, decoders, encoders, networks, presets, priors
+from . import (
+    corruptions,
+    decoders,
+    encoders,
+    factors,
+    hashing,
+    networks,
+    presets,
+    priors,
+    sparse_coding,
+    sparse_encoders,
+)
 from .autoencoder import Autoencoder
 from .checks import require_pair
 from .part import Part
@@ -23,7 +34,18 @@ RECIPE, TENSORS = "pair.json", "pair.safetensors"
 
 CLASSES: dict[str, type[Part]] = {
     cls.__name__: cls
-    for module in (corruptions, decoders, encoders, networks, presets, priors)
+    for module in (
+        corruptions,
+        decoders,
+        encoders,
+        factors,
+        hashing,
+        networks,
+        presets,
+        priors,
+        sparse_coding,
+        sparse_encoders,
+    )
     for cls in vars(module).values()
     if isinstance(cls, type) and issubclass(cls, Part) and cls is not Part
 }

@@ -626,3 +626,47 @@ def test_examples_in_docstrings_run(monkeypatch: pytest.MonkeyPatch) -> None:
         result = doctest.testmod(cli)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+FAMILY = {
+    "sparse": ["--option", "rate=0.5", "--option", 'posterior="laplace"'],
+    "denoising": ["--corruption", "masking=0.3", "--likelihood", "bernoulli"],
+    "denoising-vae": ["--corruption", "bit-flip=0.1"],
+    "contractive": ["--option", "weight=0.5", "--option", "penalty=noise"],
+    "psd": ["--option", "rate=0.5", "--option", "couple=false"],
+    "hashing": ["--option", "posterior=bernoulli"],
+}
+
+
+@pytest.mark.parametrize("model", FAMILY)
+def test_every_model_of_the_family_trains(model: str, tmp_path: Path) -> None:
+    out = tmp_path / model
+    options = ["--data", "digits", "--epochs", "1", "--z-dim", "4", "--out", str(out), "--quiet"]
+    assert cli.main(["fit", model, *options, *FAMILY[model]]) == 0
+    pair = probae.load(out)
+    assert type(pair) is cli.MODELS[model].preset
+    assert (out / "reconstructions.png").stat().st_size > 1000
+    if model == "contractive":
+        assert isinstance(pair.corruption, probae.GaussianNoise)
+    if model == "denoising":
+        assert pair.corruption.probability == 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sparse", "--option", "rate"], "--option must be NAME=VALUE"),
+        (["sparse", "--option", "ratio=1"], "--option of sparse must be one of rate"),
+        (["ppca", "--corruption", "masking=0.3"], "ppca takes no --corruption"),
+        (["denoising", "--corruption", "blur=0.3"], "--corruption must be one of gaussian-noise"),
+        (["denoising", "--corruption", "masking=2"], "probability must be"),
+        (["sparse", "--option", 'rate="high"'], "rate must be a finite number > 0"),
+    ],
+)
+def test_bad_options_of_the_family(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert cli.main(["fit", *arguments, "--data", "digits", "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()

@@ -239,7 +239,7 @@ def share_beyond_noise(network: MLP, x: Tensor) -> float:
 # the probit gate
 
 
-def test_probit_logit_is_exact_and_its_gradient_finite(dtype: torch.dtype) -> None:
+def testprobit_logit_is_exact_and_its_gradient_finite(dtype: torch.dtype) -> None:
     t = torch.tensor([-37.0, -20.0, -5.0, -1.0, -1e-3, 0.0, 0.5, 3.0, 9.0, 30.0], dtype=dtype)
     t.requires_grad_()
     logits = ProbitEncoder(nn.Identity(), noise=1.0)(t[None]).base_dist.logits[0]

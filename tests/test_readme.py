@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import probae.cli
+from probae.cli import MODELS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -44,6 +45,6 @@ def test_commands_run_as_they_stand(tmp_path: Path) -> None:
 
 def test_every_model_of_the_table_is_there_with_its_kind() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| ([A-Z_]+)[^|]*\|$", README, re.MULTILINE)
-    assert {name for name, _ in rows} == {"PPCA", "UndercompleteAutoencoder", "VAE"}
+    assert {name for name, _ in rows} == {model.preset.__name__ for model in MODELS.values()}
     for name, kind in rows:
         assert getattr(probae, name)(8, 2).kind == kind
