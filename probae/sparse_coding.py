@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import relu, softshrink
 
 from .datasets import as_tensor
 from .decoders import GaussianDecoder
@@ -318,13 +319,13 @@ class SparseCodingEncoder(Part):
             self.tolerance,
             self.max_iterations,
         )
-        if not result.converged.all():
+        if (result.kkt.isfinite() & ~result.converged).any():
             warnings.warn(
                 "SparseCodingEncoder: codes did not reach the tolerance within max_iterations; "
                 "raise either, or the rate",
                 stacklevel=2,
             )
-        return dist.Delta(result.codes.reshape(*batch, -1), event_dim=1)
+        return dist.Delta(result.codes.reshape(*batch, weight.shape[1]), event_dim=1)
 
     def energy(self, x: Tensor, z: Tensor) -> Tensor:
         """Return E(x, z), nats per datum but for constants: x (..., *x_shape), z (..., z_dim).
@@ -392,8 +393,9 @@ def _solve(
         _fista(problem, c, h, max_iterations)
         for c, h in zip(linear.split(CHUNK), first.split(CHUNK), strict=True)
     ]
-    codes, *rest = map(torch.cat, zip(*chunks, strict=True))
-    return SparseCodes(codes.to(x.dtype), *rest)
+    codes, kkt, *rest = map(torch.cat, zip(*chunks, strict=True))
+    codes = codes.masked_fill(kkt.isnan().unsqueeze(-1), math.nan)  # of data that are not finite
+    return SparseCodes(codes.to(x.dtype) + 0.0, kkt, *rest)  # -0 becomes 0
 
 
 class _Problem(NamedTuple):
@@ -410,8 +412,8 @@ class _Problem(NamedTuple):
         """Take a gradient step from y (N, K), then the prox of the penalty."""
         step = 1 / self.largest if self.largest > 0 else 1.0
         h = y - step * (y @ self.quadratic - linear)
-        shrunk = (h.abs() - step * self.rate).clamp(min=0)
-        return shrunk * (h > 0) if self.nonnegative else shrunk * h.sign()
+        threshold = step * self.rate
+        return relu(h - threshold) if self.nonnegative else softshrink(h, threshold)
 
     def violation(self, linear: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return the violation (N,) of the optimality conditions, and how much is allowed (N,)."""

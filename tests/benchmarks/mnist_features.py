@@ -85,7 +85,7 @@ def test_error(features: list[Any], labels: list[Any]) -> tuple[float, float]:
     return 100 * (1 - models[best].score(test, labels[2])), best
 
 
-def run(epochs: int = 20, labelled: int = 10_000, limit: int = 60_000) -> dict[str, Any]:
+def run(epochs: int = 10, labelled: int = 10_000, limit: int = 60_000) -> dict[str, Any]:
     """Train the four models, fit the regressions, and return every figure."""
     data = probae.load_dataset("mnist")
     x = data.train[:limit]
@@ -145,7 +145,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """Run the experiment and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--labelled", type=int, default=10_000, help="labelled training images")
     parser.add_argument("--out", type=Path, help="write every figure to this JSON file")
     arguments = parser.parse_args()
