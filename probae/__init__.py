@@ -1,5 +1,6 @@
 """Probabilistic autoencoders as Pyro guide/model pairs."""
 
+from .annealing import Annealing
 from .autoencoder import Autoencoder, Kind
 from .corruptions import (
     BitFlip,
@@ -97,6 +98,7 @@ __all__ = [
     "MLP",
     "PPCA",
     "VAE",
+    "Annealing",
     "Autoencoder",
     "BernoulliDecoder",
     "BernoulliEncoder",

@@ -1,4 +1,4 @@
-"""Marginal likelihoods of held-out data: exact, evidence lower bound, importance weighted."""
+"""Marginal likelihoods of held-out data: exact, evidence lower bound, importance weighted, AIS."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .annealing import Annealing, anneal
 from .arviz import pareto_khat
 from .autoencoder import Autoencoder, Kind, frozen
 from .checks import check_support, require_pair
@@ -39,10 +40,11 @@ class LogLikelihood(NamedTuple):
     std_error: Tensor  # (N,) Monte Carlo standard error of each value; 0 where it is exact
     ess: Tensor | None  # (N,) effective number of importance samples
     khat: Tensor | None  # (N,) Pareto k of the importance weights; above 0.7 do not trust
-    method: str  # "exact" | "elbo" | "iwae"
+    method: str  # "exact" | "elbo" | "iwae" | "ais"
     is_bound: bool  # whether the values are lower bounds in expectation
-    num_samples: int  # samples of z per datum; 0 where exact
+    num_samples: int  # samples of z per datum, for ais chains; 0 where exact
     dimension: int  # number of dimensions of one datum
+    acceptance: Tensor | None = None  # (N,) share of accepted moves, for ais
 
     @property
     def mean(self) -> float:
@@ -77,6 +79,7 @@ def log_likelihood(
     num_samples: int | None = None,
     *,
     proposal: nn.Module | None = None,
+    annealing: Annealing | None = None,
     seed: int | None = 0,
     progress: bool = False,
 ) -> LogLikelihood:
@@ -85,7 +88,12 @@ def log_likelihood(
     .. math::
         exact:&\quad \log p(x) \text{ in closed form, or } \log\sum_z p(z)\,p(x|z)\\
         elbo:&\quad \frac1K \sum_k \log w_k,\qquad
-        iwae:\quad \log \frac1K \sum_k w_k,\qquad w_k = \frac{p(x, z_k)}{q(z_k|x)}
+        iwae:\quad \log \frac1K \sum_k w_k,\qquad w_k = \frac{p(x, z_k)}{q(z_k|x)}\\
+        ais:&\quad \log \frac1K \sum_k w_k, \text{ with } w_k \text{ annealed from } q
+        \text{ or } p(z) \text{ to the posterior; see :class:`Annealing`}
+
+    ``ais`` needs no encoder, so it measures point codes and penalised pairs, too, and is the
+    tightest of the bounds where an encoder is poor; it needs continuous z.
 
     ``exact`` needs a linear-Gaussian pair (affine mean, one scale, Gaussian prior) or a discrete
     code of at most 2**20 states. Work is cut into chunks of data and of samples, so memory does not
@@ -94,12 +102,13 @@ def log_likelihood(
     Args:
         pair: the pair; it is not changed.
         x: data (N, *x_shape) in the support of the decoder: tensor, array, path or Dataset.
-        method: ``"exact"``, ``"elbo"``, ``"iwae"``, or ``"auto"``: exact where there is a closed
-            form, else iwae.
-        num_samples: K, by default 100 for elbo and 5000 for iwae.
+        method: ``"exact"``, ``"elbo"``, ``"iwae"``, ``"ais"``, or ``"auto"``: exact where there is
+            a closed form, else iwae.
+        num_samples: K, by default 100 for elbo, 5000 for iwae, 16 chains for ais.
         proposal: an encoder to draw z from in place of the pair's own, for pairs with point codes
             or factors, such as :func:`probae.fit_proposal` makes. The figures are then about
-            p(z) p(x|z) alone: no corruption, no factor.
+            p(z) p(x|z) alone: no corruption, no factor (as those of ais and exact always are).
+        annealing: temperatures, moves and start of ais; default: ``Annealing()``.
         seed: of the samples of z; None draws from the global stream.
         progress: show a progress bar.
 
@@ -112,8 +121,9 @@ def log_likelihood(
             not allow, or a pair whose kind certifies no likelihood.
 
     Reference:
-        Burda, Grosse & Salakhutdinov, Importance weighted autoencoders, 2016; Tipping & Bishop,
-        1999; Vehtari et al., Pareto smoothed importance sampling, 2024.
+        Burda, Grosse & Salakhutdinov, Importance weighted autoencoders, 2016; Neal, Annealed
+        importance sampling, 2001; Tipping & Bishop, 1999; Vehtari et al., Pareto smoothed
+        importance sampling, 2024.
 
     Example:
         >>> import torch, probae
@@ -123,7 +133,7 @@ def log_likelihood(
         (torch.Size([4]), True)
     """
     require_pair(pair)
-    known = ("auto", "exact", "elbo", "iwae")
+    known = ("auto", "exact", "elbo", "iwae", "ais")
     if method not in known:
         raise ValueError(f"method must be one of {', '.join(known)}, got {method!r}")
     if num_samples is not None:
@@ -150,6 +160,10 @@ def log_likelihood(
             values = closed_form(data)
         zero = torch.zeros_like(values)
         return LogLikelihood(values, zero, None, None, "exact", False, 0, dimension)
+    if method == "ais":
+        return _annealed(
+            pair, data, num_samples or 16, annealing or Annealing(), proposal, seed, progress
+        )
     model, guide = _programs(pair, method, proposal)
     samples = num_samples or {"elbo": 100, "iwae": 5000}[method]
     rows = max(1, CHUNK_BYTES // (data.element_size() * _widest(pair)))
@@ -168,6 +182,45 @@ def log_likelihood(
             bar.update(len(chunk))
     values, std_error, ess, khat = (torch.cat(column) for column in zip(*results, strict=True))
     return LogLikelihood(values, std_error, ess, khat, method, True, samples, dimension)
+
+
+def _annealed(
+    pair: Autoencoder,
+    data: Tensor,
+    num_chains: int,
+    annealing: Annealing,
+    proposal: nn.Module | None,
+    seed: int | None,
+    progress: bool,
+) -> LogLikelihood:
+    """Log-mean weight of annealed chains; its expectation is at most log p(x)."""
+    if not isinstance(annealing, Annealing):
+        raise ValueError(
+            f"annealing must be a probae.Annealing, got {type(annealing).__name__}; for instance "
+            "probae.Annealing(num_temperatures=1000)"
+        )
+    if proposal is not None:
+        _programs(pair, "ais", proposal)  # refuses one that does not fit
+    rows = max(1, CHUNK_BYTES // (data.element_size() * _widest(pair) * num_chains))
+    thawed = nn.Module() if proposal is None else proposal
+    columns: list[list[Tensor]] = []
+    with (
+        frozen(pair, seed),
+        frozen(thawed, None),
+        tqdm(total=len(data), disable=not progress, unit="datum") as bar,
+    ):
+        for chunk in data.split(rows):
+            weights = anneal(pair, chunk, num_chains, annealing, proposal)
+            streaming = _StreamingWeights(num_chains, chunk)
+            streaming.add(weights.log_weights)
+            columns.append([*streaming.iwae(), weights.acceptance])
+            bar.update(len(chunk))
+    values, std_error, ess, khat, acceptance = (
+        torch.cat(column) for column in zip(*columns, strict=True)
+    )
+    return LogLikelihood(
+        values, std_error, ess, khat, "ais", True, num_chains, data[0].numel(), acceptance
+    )
 
 
 class _StreamingWeights:

@@ -263,7 +263,7 @@ CASES = [
     Case("bits-code", _bits_code, bits, reparameterised=False),
     Case("one-hot-code", _one_hot_code, reals, reparameterised=False),
     _corrupted("noisy-vae", lambda: probae.GaussianNoise(0.3)),
-    _corrupted("bit-flip-vae", lambda: probae.BitFlip(0.1), reparameterised=False),
+    _corrupted("bit-flip-vae", lambda: probae.BitFlip(0.1)),
     _corrupted(
         "denoising-point", lambda: probae.GaussianNoise(0.3), flat=True, kind=Kind.CONDITIONAL
     ),

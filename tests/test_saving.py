@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import probae
 from probae import Autoencoder
+from probae.corruptions import encoder_input
 
 from .conftest import CASES, Case, Z
 
@@ -24,19 +25,25 @@ FILES = {"pair.json", "pair.safetensors"}
 
 
 def log_probs(pair: Autoencoder, x: Tensor) -> dict[str, Tensor]:
-    """What the parts say of the same inputs; a difference in any setting shows here."""
-    with torch.no_grad():
-        z = torch.linspace(-1, 1, len(x) * Z).reshape(len(x), Z).to(x)
-        if pair.prior().support.is_discrete:
-            z = torch.eye(Z).to(x)[torch.arange(len(x)) % Z]
+    """What the parts draw and say with the same noise; a difference in any setting shows here."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(7)
+        encoder = pair.encoder(encoder_input(pair.corruption, x))
+        z, own = pair.prior().sample((len(x),)), encoder.sample()
         found = {
             "prior": pair.prior().log_prob(z).expand(len(x)),
-            "encoder": pair.encoder(x).log_prob(z),
-            "mean": pair.encoder(x).mean,
+            "z": z,
+            "encoder": encoder.log_prob(own),
+            "code": own,
+            "mean": encoder.mean,
             "decoder": pair.decoder(z).log_prob(x),
         }
         if pair.corruption is not None:
-            found["corruption"] = pair.corruption(x).log_prob(x.flip(0))
+            noisy = pair.corruption(x)
+            found["x_tilde"] = noisy.sample()
+            found["corruption"] = noisy.log_prob(found["x_tilde"])
+        if pair.factor is not None:
+            found["factor"] = pair.factor(x, own).log_factor
     return {name: value.contiguous() for name, value in found.items()}
 
 
