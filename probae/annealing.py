@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import biject_to
+from torch.distributions import MixtureSameFamily, biject_to
 
 from .autoencoder import Autoencoder
 from .distributions import is_discrete, is_flat, is_point
@@ -115,7 +115,10 @@ def anneal(
     """
     prior = pair.prior()
     start = _start(pair, x, annealing, proposal)
-    to_z = biject_to(start.support)
+    family = start
+    while isinstance(family, MixtureSameFamily):  # torch knows no way to the support of a mixture
+        family = family.component_distribution
+    to_z = biject_to(family.support)
 
     def densities(u: Tensor) -> tuple[Tensor, Tensor]:
         z = to_z(u)

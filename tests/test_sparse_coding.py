@@ -27,6 +27,7 @@ from probae import (
     SparseCodingEncoder,
     coupling_log_normalizer,
     lasso,
+    sparse_coding,
     sparse_coding_energy,
 )
 from probae.distributions import is_point
@@ -175,6 +176,16 @@ def test_rows_do_not_depend_on_their_batch() -> None:
         torch.testing.assert_close(alone.codes[0], whole.codes[i], rtol=0, atol=1e-9)
     again = lasso(x, dictionary, 0.1, tolerance=1e-11)
     assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True))
+
+
+def test_memory_bound_does_not_change_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, dictionary = problem(20, 50, n=40)
+    whole = lasso(x, dictionary, 0.05, tolerance=1e-11)
+    assert (whole.iterations % sparse_coding.SOLVE == 0).any()  # solved on the support
+    monkeypatch.setattr(sparse_coding, "GATHERED", 1000)
+    monkeypatch.setattr(sparse_coding, "CHUNK", 17)
+    pieces = lasso(x, dictionary, 0.05, tolerance=1e-11)
+    torch.testing.assert_close(pieces.codes, whole.codes, rtol=0, atol=1e-9)
 
 
 def test_a_tighter_tolerance_takes_longer_and_fits_better() -> None:

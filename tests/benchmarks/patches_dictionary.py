@@ -288,24 +288,25 @@ def run(
         },
         "psd": psd,
     }
-    middle = rows[len(rows) // 2]
+    middle, zero = rows[len(rows) // 2], result["test_energy_of_zero_code"]
     pictures = {
         "patches_dictionary": draw(
             f"Dictionaries of {atoms} atoms from the same {len(x)} whitened patches of two photos",
             [
                 (
                     "probae: SparseCodingEncoder + LaplacePrior\n"
-                    f"held-out squared error {middle['error']:.1f} at {middle['l0']:.0f} nonzeros",
+                    f"held-out squared error {middle['error']:.1f} of {zero:.1f} at "
+                    f"{middle['l0']:.0f} nonzeros per patch",
                     ours[:, by_use(flat - bias, ours)],
                 ),
                 (
                     "scikit-learn: MiniBatchDictionaryLearning\n"
-                    f"held-out squared error {middle['their_error']:.1f} at "
-                    f"{middle['their_l0']:.0f} nonzeros",
+                    f"held-out squared error {middle['their_error']:.1f} of {zero:.1f} at "
+                    f"{middle['their_l0']:.0f} nonzeros per patch",
                     theirs[:, by_use(flat, theirs)],
                 ),
             ],
-            f"one square, one atom of {SIDE}×{SIDE} pixels; mid-grey is 0; most used first, by rows",
+            f"one square is one atom of {SIDE}×{SIDE} pixels, mid-grey is 0; most used first",
         ),
         "patches_psd": draw(
             f"Predictive sparse decomposition of the same patches, {atoms} codes",
@@ -313,9 +314,9 @@ def run(
                 ("decoder: atom of each code", weight[:, (order := by_use(flat, weight))]),
                 ("predictor: filter that guesses the same code", filters[:, order]),
             ],
-            f"FISTA to 10⁻⁶ takes {psd['speedup']['fista_1e-6']:.0f} times as long as the predictor; "
-            f"energy of sparse coding per patch: zero code {energy['zero_code']:.0f}, predictor "
-            f"{energy['predicted']:.0f}, FISTA {energy['minimum']:.0f} nats",
+            f"FISTA to 10⁻⁶ takes {psd['speedup']['fista_1e-6']:.0f} times as long as the "
+            f"predictor; energy of sparse coding per patch: zero code {energy['zero_code']:.0f}, "
+            f"predictor {energy['predicted']:.0f}, FISTA {energy['minimum']:.0f} nats",
         ),
     }
     return result, pictures
@@ -346,7 +347,7 @@ def mosaic(axes: Axes, dictionary: Tensor) -> None:
     for i, atom in enumerate(dictionary.T.reshape(-1, SIDE, SIDE)):
         top, left = (SIDE + 1) * (i // columns), (SIDE + 1) * (i % columns)
         sheet[top : top + SIDE, left : left + SIDE] = atom / atom.abs().max()
-    axes.imshow(sheet, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axes.imshow(sheet.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     axes.set_axis_off()
 
 
