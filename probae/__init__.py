@@ -72,7 +72,7 @@ from .proposals import fit_proposal
 from .retrieval import binary_codes, hamming_distance, pack_codes, unpack_codes
 from .sampling import Samples, denoise, reconstruct, sample, score
 from .saving import load, save
-from .sparse import ConditionalBernoulli, SpikeAndSlab, hard_threshold, soft_threshold, top_k
+from .sparse import ConditionalBernoulli, SpikeAndSlab
 from .sparse_coding import (
     SparseCodes,
     SparseCodingEncoder,
@@ -181,7 +181,6 @@ __all__ = [
     "fit_proposal",
     "fraction_of_variance_unexplained",
     "hamming_distance",
-    "hard_threshold",
     "jacobian_norm",
     "l0_norm",
     "lasso",
@@ -194,9 +193,7 @@ __all__ = [
     "sample",
     "save",
     "score",
-    "soft_threshold",
     "sparse_coding_energy",
     "stack_missing",
-    "top_k",
     "unpack_codes",
 ]

@@ -12,7 +12,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import MixtureSameFamily, biject_to
 
 from .autoencoder import Autoencoder
-from .distributions import is_discrete, is_flat, is_point
+from .corruptions import encoder_input
+from .distributions import has_component, is_discrete, is_flat, is_point
 from .part import as_number, require_count
 from .sparse import SpikeAndSlab
 
@@ -149,14 +150,16 @@ def anneal(
 def _start(pair: Autoencoder, x: Tensor, annealing: Annealing, proposal: nn.Module | None) -> Any:
     """Return the distribution to start from, or refuse what Hamiltonian moves cannot follow."""
     prior = pair.prior()
-    if is_discrete(prior) or isinstance(prior, SpikeAndSlab) or is_flat(prior):
+    if is_discrete(prior) or has_component(prior, SpikeAndSlab) or is_flat(prior):
         raise ValueError(
             f"method='ais' needs a prior with a density, got {type(prior).__name__}: Hamiltonian "
-            "moves need gradients; use method='iwae', or 'exact' where z is discrete"
+            "moves need gradients; use method='iwae' (for a point code with "
+            "proposal=probae.fit_proposal(pair, x_train)), or 'exact' where z is discrete"
         )
     if proposal is None and annealing.start == "prior":
         return prior
-    start = (pair.encoder if proposal is None else proposal)(x)
+    seen = encoder_input(pair.corruption, x)
+    start = pair.encoder(seen) if proposal is None else proposal(x)
     if is_point(start) or is_flat(start):
         raise ValueError(
             f"start='encoder' needs an encoder with a density, but the pair is of kind "
@@ -183,7 +186,7 @@ def _move(
         return log_start.detach(), log_end.detach(), gradient
 
     def energy(log_start: Tensor, log_end: Tensor, momentum: Tensor) -> Tensor:
-        kinetic = 0.5 * momentum.square().flatten(2).sum(2)
+        kinetic = 0.5 * momentum.square().reshape(*u.shape[:2], -1).sum(2)
         return kinetic - (1 - beta) * log_start - beta * log_end
 
     momentum = torch.randn_like(u)

@@ -15,7 +15,9 @@ import pyro
 import torch
 from pyro.nn import PyroModule
 from torch import Size, Tensor, nn
+from torch.distributions import biject_to
 
+from .corruptions import encoder_input
 from .datasets import as_tensor
 from .distributions import has_component, is_discrete, is_flat, is_point
 from .part import Part
@@ -216,9 +218,13 @@ class Autoencoder(Part, PyroModule):
             ValueError: ``x`` has the wrong shape or dtype, is empty, or is not finite.
         """
         x = self.check_input(as_tensor(x, "x")).to(self.device, self.dtype)
-        for part in (self.prior, self.encoder, self.decoder, self.corruption, self.factor):
+        seen = encoder_input(self.corruption, x)
+        for part in (self.prior, self.encoder):  # a VampPrior holds what the encoder is given
             if isinstance(part, Part):
-                part.initialize(x)
+                part.initialize(seen)
+        for other in (self.decoder, self.corruption, self.factor):
+            if isinstance(other, Part):
+                other.initialize(x)
 
     def check_input(self, x: Any, argument: str = "x") -> Tensor:
         """Return ``x`` if it is a floating tensor (N, *x_shape), or raise a ValueError."""
@@ -273,7 +279,8 @@ class Autoencoder(Part, PyroModule):
             _expect("decoder(z)", decoder, Size((3,)), decoder.event_shape)
             x_tilde = x = x.to(self.dtype)
             if self.corruption is not None:
-                corruption, x_tilde = _draw("corruption(x)", self.corruption, x)
+                # zeros: a draw of the decoder need not lie where the data do
+                corruption, x_tilde = _draw("corruption(x)", self.corruption, torch.zeros_like(x))
                 _expect("corruption(x)", corruption, Size((3,)), corruption.event_shape)
             encoder, codes = _draw("encoder(x)", self.encoder, x_tilde, sample_shape=(16,))
             _expect("encoder(x)", encoder, Size((3,)), prior.event_shape)
@@ -281,19 +288,7 @@ class Autoencoder(Part, PyroModule):
                 factor, _ = _draw("factor(x, z)", self.factor, x, z)
                 _expect("factor(x, z)", factor, Size((3,)), Size((0,)))
             constant = bool((prior.log_prob(z) == 0).all())
-            outside = codes.isfinite().all() and not prior.support.check(codes).all()
-        if not is_point(encoder) and is_discrete(encoder) != is_discrete(prior):
-            kinds = ["discrete" if is_discrete(d) else "continuous" for d in (encoder, prior)]
-            raise ValueError(
-                f"encoder is {kinds[0]} but prior is {kinds[1]}: their ratio is no density; pick "
-                "both discrete (BernoulliEncoder, BernoulliPrior) or both continuous"
-            )
-        atoms = [has_component(d, SpikeAndSlab) for d in (encoder, prior)]
-        if atoms == [True, False] and not is_point(encoder):
-            raise ValueError(
-                "encoder puts probability on codes of exactly 0 (SpikeAndSlab) but prior has a "
-                "density there: their ratio is no density; use a SpikeAndSlabPrior or SubsetPrior"
-            )
+        require_compatible(prior, encoder, codes)
         learns = any(parameter.requires_grad for parameter in self.prior.parameters())
         if is_point(encoder) and not is_discrete(prior) and learns:
             raise ValueError(
@@ -301,18 +296,49 @@ class Autoencoder(Part, PyroModule):
                 "makes the density of the code, and so the loss, unbounded; use an encoder with a "
                 "density, such as a GaussianEncoder, or fix the prior: prior.requires_grad_(False)"
             )
-        if outside:
-            raise ValueError(
-                f"encoder makes codes outside the support of the prior ({prior.support}), where "
-                "its density is zero: give the two the same support, such as 0/1 codes for a "
-                "BernoulliPrior and one-hot codes for a CategoricalPrior"
-            )
         return {
             "prior": prior,
             "decoder": decoder,
             "encoder": encoder,
             "prior_is_constant": constant,
         }
+
+
+def require_compatible(prior: Any, encoder: Any, codes: Tensor, argument: str = "encoder") -> None:
+    """Refuse a law of codes whose ratio with the prior is no density; ``codes`` are its draws."""
+    point = is_point(encoder)
+    if not point and is_discrete(encoder) != is_discrete(prior):
+        kinds = ["discrete" if is_discrete(d) else "continuous" for d in (encoder, prior)]
+        raise ValueError(
+            f"{argument} is {kinds[0]} but prior is {kinds[1]}: their ratio is no density; pick "
+            "both discrete (BernoulliEncoder, BernoulliPrior) or both continuous"
+        )
+    atoms = [has_component(d, SpikeAndSlab) for d in (encoder, prior)]
+    if atoms == [True, False] and not point:
+        raise ValueError(
+            f"{argument} puts probability on codes of exactly 0 (SpikeAndSlab) but prior has a "
+            "density there: their ratio is no density; use a SpikeAndSlabPrior or SubsetPrior"
+        )
+    drawn = codes.isfinite().all() and not prior.support.check(codes).all()
+    if drawn or (not point and _reaches_outside(encoder, prior.support)):
+        raise ValueError(
+            f"{argument} makes codes outside the support of the prior ({prior.support}), where "
+            "its density is zero: give the two the same support, such as 0/1 codes for a "
+            "BernoulliPrior, one-hot codes for a CategoricalPrior, and a LogNormalEncoder for an "
+            "ExponentialPrior"
+        )
+
+
+def _reaches_outside(encoder: Any, support: Any) -> bool:
+    """Whether the support of the encoder reaches beyond another, wherever its draws are."""
+    try:
+        to_z = biject_to(encoder.support)
+    except NotImplementedError:  # discrete, or a mixture: the draws have to do
+        return False
+    if to_z.inverse_shape(encoder.event_shape) != encoder.event_shape:
+        return False
+    far = torch.linspace(-30, 30, 13).reshape(-1, *[1] * len(encoder.event_shape))
+    return not support.check(to_z(far.expand(13, *encoder.event_shape))).all()
 
 
 @contextlib.contextmanager

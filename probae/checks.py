@@ -7,13 +7,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.distributions import constraints
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
 from torch.utils.data import Dataset, IterableDataset
 
-from .autoencoder import Autoencoder, frozen
+from .autoencoder import Autoencoder, frozen, require_compatible
 from .datasets import as_tensor
-from .distributions import GreyBernoulli, base_distribution, has_component
+from .distributions import (
+    GreyBernoulli,
+    base_distribution,
+    has_component,
+    is_discrete,
+    is_flat,
+    is_point,
+)
 
 
 def check_support(
@@ -77,6 +84,51 @@ def require_pair(pair: Any) -> None:
             f"pair must be a probae.Autoencoder, got {type(pair).__name__}; compose one with "
             "probae.Autoencoder(prior, encoder, decoder)"
         )
+
+
+def require_gradients(what: str) -> None:
+    """Raise a ValueError where autograd cannot be switched on."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{what} needs gradients and cannot run inside torch.inference_mode(); leave it, or "
+            "use torch.no_grad()"
+        )
+
+
+def prior_of(pair: Autoencoder) -> Any:
+    """Return p(z), without a trace of having asked."""
+    with frozen(pair, seed=0):
+        return pair.prior()
+
+
+def require_density(pair: Autoencoder, encoder: Any, x: Tensor, argument: str) -> None:
+    """Raise a ValueError unless ``encoder(x)`` is a density over the pair's z to draw from."""
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(
+            f"{argument} must be an encoder, a torch.nn.Module, got {type(encoder).__name__}"
+        )
+    with frozen(pair, seed=0), frozen(encoder, None):
+        prior = pair.prior()
+        try:
+            density = encoder(x)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{argument} does not take x of shape {tuple(x.shape)} and {x.dtype}: {error}"
+            ) from error
+        if (
+            not isinstance(density, Distribution)
+            or is_point(density)
+            or is_flat(density)
+            or density.event_shape != pair.z_shape
+        ):
+            shape = getattr(density, "event_shape", getattr(density, "shape", ()))
+            raise ValueError(
+                f"{argument}(x) must return a {'discrete' if is_discrete(prior) else 'continuous'} "
+                f"density, not a point and not masked, with event shape {pair.z_shape}, got "
+                f"{type(base_distribution(density)).__name__} with event shape {tuple(shape)}; fit "
+                "one with probae.fit_proposal(pair, x_train)"
+            )
+        require_compatible(prior, density, density.sample(torch.Size((16,))), argument)
 
 
 def likelihood_of(pair: Autoencoder) -> Any:

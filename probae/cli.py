@@ -230,10 +230,10 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that probae fit wrote")
-    methods = ("auto", "exact", "elbo", "iwae")
+    methods = ("auto", "exact", "elbo", "iwae", "ais")
     text = "auto is exact where there is a closed form, else iwae"
     _option(parser, "--method", text, choices=methods, default="auto")
-    text, shown = "samples of z per datum", "100 for elbo, 5000 for iwae"
+    text, shown = "samples of z per datum", "100 for elbo, 5000 for iwae, 16 chains for ais"
     _option(parser, "-k --num-samples", text, shown, type=int, metavar="K")
     _option(parser, "--split", "of the data", "test", choices=("test", "val", "train"))
     text = "other data; of a file that the run was not fitted on, every row"

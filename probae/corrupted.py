@@ -72,6 +72,14 @@ class Replacement(dist.TorchDistribution):
         values = sum(self.values) / len(self.values)
         return (1 - self.probability) * self.component_distribution.mean + self.probability * values
 
+    @property
+    def variance(self) -> Tensor:
+        """Variance: within p, within the values, and between their means."""
+        p, center = self.component_distribution, sum(self.values) / len(self.values)
+        spread = sum((value - center) ** 2 for value in self.values) / len(self.values)
+        between = self.probability * (1 - self.probability) * (p.mean - center) ** 2
+        return (1 - self.probability) * p.variance + self.probability * spread + between
+
     def log_replaced(self, value: Tensor) -> Tensor:
         """Return the log-probability of having been replaced, and by this value."""
         hits = sum((value == own).to(value.dtype) for own in self.values) / len(self.values)
@@ -158,6 +166,14 @@ class Seen(dist.TorchDistribution):
         """Mean, (1 - ν) times (E[x], 1)."""
         mean = self.component_distribution.mean
         return (1 - self.probability) * torch.stack([mean, torch.ones_like(mean)], -self.x_ndim - 1)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance, (1 - ν) times (V[x] + ν E[x]², ν)."""
+        mean, variance = self.component_distribution.mean, self.component_distribution.variance
+        of_mask = torch.full_like(mean, self.probability)
+        values = variance + self.probability * mean**2
+        return (1 - self.probability) * torch.stack([values, of_mask], -self.x_ndim - 1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-probability of values and mask together."""
@@ -268,6 +284,11 @@ class Point(dist.TorchDistribution):
     def mean(self) -> Tensor:
         """Mean, x."""
         return self.x
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance, 0."""
+        return torch.zeros_like(self.x)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log 1 at x and log 0 elsewhere."""

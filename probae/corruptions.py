@@ -12,21 +12,30 @@ from typing import Any
 import numpy as np
 import pyro.distributions as dist
 import torch
-from torch import Tensor
-from torch.distributions import Distribution
+from torch import Size, Tensor
+from torch.distributions import Distribution, constraints
 from torch.nn.functional import logsigmoid
 
 from .corrupted import Bits, Point, Replacement, Seen, ShiftedPoisson, Thinned
 from .datasets import as_tensor
 from .distributions import base_distribution, is_flat
-from .part import Part, as_number, require_positive, require_probability
+from .part import Part, as_number, require_flag, require_positive, require_probability
+
+DOMAINS: dict[Any, tuple[str, str]] = {  # what values must be, and the fix
+    constraints.real: ("finite", "missing entries go through probae.stack_missing"),
+    constraints.unit_interval: ("in [0, 1]", "scale 8-bit images by 1/255"),
+    constraints.boolean: ("0 or 1", "binarise grey values with probae.binarize"),
+    constraints.nonnegative_integer: ("whole numbers >= 0", "give it counts of events"),
+}
 
 
 class Corruption(Part):
     r"""What the corruptions share: C(x_tilde|x), and what it makes of a likelihood p(x|z).
 
     A corruption of your own needs ``forward``; for :class:`CorruptedDecoder` and
-    :func:`probae.denoise` it is a subclass with :meth:`marginal` and :meth:`posterior`, too.
+    :func:`probae.denoise` it is a subclass with :meth:`marginal` and :meth:`posterior`, too. Those
+    of this module take floating tensors of finite values in the ``domain`` of the class only,
+    whether or not torch validates its arguments.
 
     Example:
         >>> import torch, probae
@@ -37,6 +46,8 @@ class Corruption(Part):
     """
 
     takes: str = ""  # what marginal and posterior have a closed form for, in words
+    domain: Any = constraints.real  # of the entries of x, one of DOMAINS
+    codomain: Any = constraints.real  # of the entries of x_tilde, one of DOMAINS
 
     def marginal(self, distribution: Distribution) -> Distribution:
         r"""Return :math:`p(\tilde x|z) = \int C(\tilde x|x)\,p(x|z)\,dx` in closed form.
@@ -45,7 +56,7 @@ class Corruption(Part):
             distribution: p(x|z), of any batch shape, that is a product over the entries of x.
 
         Raises:
-            ValueError: there is no closed form for that likelihood.
+            ValueError: ``distribution`` is no such thing, or there is no closed form for it.
         """
         raise self._no_closed_form(distribution)
 
@@ -54,11 +65,12 @@ class Corruption(Part):
 
         Args:
             distribution: p(x|z), as for :meth:`marginal`.
-            x_tilde: what was observed, in a shape that broadcasts to batch and event shape of
-                p(x_tilde|z).
+            x_tilde: what was observed, of the event shape of p(x_tilde|z), after batch dimensions
+                that broadcast with those of p(x|z).
 
         Raises:
-            ValueError: there is no closed form for that likelihood.
+            ValueError: ``distribution`` is no such thing, or there is no closed form for it; or
+                ``x_tilde`` is no floating tensor of such a shape, or not what the corruption makes.
         """
         raise self._no_closed_form(distribution)
 
@@ -70,6 +82,18 @@ class Corruption(Part):
         """Return x (N, *x_shape), nothing corrupted, in the shape of x_tilde; default: itself."""
         return x
 
+    def check_corrupted(self, x_tilde: Any, x_ndim: int) -> Tensor:
+        """Return x_tilde if it is a floating tensor of values that the corruption makes, or raise.
+
+        Args:
+            x_tilde: corrupted data, of any batch shape.
+            x_ndim: number of dimensions of one clean datum.
+
+        Raises:
+            ValueError: it is not; the message names the first value.
+        """
+        return self._checked(x_tilde, "x_tilde", self.codomain)
+
     def extra_repr(self) -> str:
         """Return the settings, so that equal corruptions print alike."""
         return ", ".join(
@@ -78,11 +102,65 @@ class Corruption(Part):
 
     def _elements(self, distribution: Any, family: Any = Distribution) -> Any:
         """Return the distribution of the entries if it is of that family, or raise."""
+        if not isinstance(distribution, Distribution):
+            raise ValueError(
+                "distribution must be p(x|z), a torch.distributions.Distribution, got "
+                f"{type(distribution).__name__}; pass what a decoder returns, decoder(z)"
+            )
         base = base_distribution(distribution)
         entries = distribution.batch_shape + distribution.event_shape
         if base.batch_shape != entries or is_flat(distribution) or not isinstance(base, family):
             raise self._no_closed_form(distribution)
         return base
+
+    def _data(self, x: Any) -> Tensor:
+        """Return x if it is a floating tensor (N, ...) of values in the domain, or raise."""
+        x = self._checked(x, "x", self.domain)
+        if x.dim() == 0:
+            raise ValueError("x must have shape (N, *x_shape), got (); add a dimension by x[None]")
+        return x
+
+    def _observed(self, distribution: Any, x_tilde: Any) -> Tensor:
+        """Return x_tilde if it fits p(x|z), or raise."""
+        event_shape = self._corrupted_shape(distribution.event_shape)
+        if isinstance(x_tilde, Tensor):
+            split = x_tilde.dim() - len(event_shape)
+            fits = split >= 0 and x_tilde.shape[split:] == event_shape
+            if not (fits and _broadcast(x_tilde.shape[:split], distribution.batch_shape)):
+                raise ValueError(
+                    f"x_tilde must have shape (..., {', '.join(map(str, event_shape))}), with a "
+                    f"batch shape (...) that broadcasts with the {tuple(distribution.batch_shape)} "
+                    f"of distribution, got {tuple(x_tilde.shape)}; corrupt x as {self!r} does"
+                )
+        return self.check_corrupted(x_tilde, len(distribution.event_shape))
+
+    def _corrupted_shape(self, x_shape: Size) -> Size:
+        return x_shape
+
+    def _checked(self, x: Any, argument: str, domain: Any) -> Tensor:
+        """Return x if it is a dense floating tensor of values in the domain, or raise."""
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"{argument} must be a floating torch tensor, got {type(x).__name__}; convert data "
+                f"with torch.as_tensor({argument}, dtype=torch.float32)"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{argument} must have a floating dtype, got {x.dtype}; convert with "
+                f"{argument}.to(torch.float32) (and scale 8-bit images by 1/255)"
+            )
+        if x.layout != torch.strided:
+            raise ValueError(
+                f"{argument} must be dense, got {x.layout}; pass {argument}.to_dense()"
+            )
+        bad = ~(x.isfinite() & domain.check(x))
+        if bad.any():
+            words, fix = DOMAINS[domain]
+            raise ValueError(
+                f"{argument} must be {words} under {self!r}, got {int(bad.sum())} values that are "
+                f"not, the first {float(x[bad][0]):g}; {fix}"
+            )
+        return x
 
     def _no_closed_form(self, distribution: Any) -> ValueError:
         if not self.takes:
@@ -128,7 +206,7 @@ class GaussianNoise(Corruption):
 
     def forward(self, x: Tensor) -> Distribution:
         """Return C(x_tilde|x), batch shape (N,), event shape x_shape."""
-        return dist.Normal(x, self.scale).to_event(x.dim() - 1)
+        return dist.Normal(self._data(x), self.scale).to_event(x.dim() - 1)
 
     def marginal(self, distribution: Distribution) -> Distribution:
         """Return p(x_tilde|z), a Normal with the variances added."""
@@ -139,6 +217,7 @@ class GaussianNoise(Corruption):
     def posterior(self, distribution: Distribution, x_tilde: Tensor) -> Distribution:
         """Return p(x|x_tilde, z), a Normal between the decoder's mean and x_tilde."""
         clean = self._elements(distribution, torch.distributions.Normal)
+        x_tilde = self._observed(distribution, x_tilde)
         trust = clean.scale**2 / (clean.scale**2 + self.scale**2)  # in x_tilde
         loc = clean.loc + trust * (x_tilde - clean.loc)
         return dist.Normal(loc, self.scale * trust.sqrt()).to_event(len(distribution.event_shape))
@@ -167,6 +246,8 @@ class BitFlip(Corruption):
     """
 
     takes = "a Bernoulli of independent entries"
+    domain = constraints.unit_interval
+    codomain = constraints.boolean
 
     def __init__(self, probability: float, one_to_zero: float | None = None) -> None:
         super().__init__()
@@ -182,7 +263,7 @@ class BitFlip(Corruption):
 
     def forward(self, x: Tensor) -> Distribution:
         """Return C(x_tilde|x), batch shape (N,), event shape x_shape."""
-        ones = self.probability + (1 - self.probability - self.one_to_zero) * x
+        ones = self.probability + (1 - self.probability - self.one_to_zero) * self._data(x)
         return Bits(ones).to_event(x.dim() - 1)
 
     def marginal(self, distribution: Distribution) -> Distribution:
@@ -194,6 +275,7 @@ class BitFlip(Corruption):
     def posterior(self, distribution: Distribution, x_tilde: Tensor) -> Distribution:
         """Return p(x|x_tilde, z), Bernoulli."""
         clean = self._elements(distribution, torch.distributions.Bernoulli)
+        x_tilde = self._observed(distribution, x_tilde)
         restored = _restored(clean, self.probability, self.one_to_zero, x_tilde)
         return dist.Independent(restored, len(distribution.event_shape))
 
@@ -230,6 +312,7 @@ class ReplacingCorruption(Corruption):
 
     def forward(self, x: Tensor) -> Distribution:
         """Return C(x_tilde|x), batch shape (N,), event shape x_shape."""
+        x = self._data(x)
         return Replacement(Point(x), self.values, self.probability).to_event(x.dim() - 1)
 
     def marginal(self, distribution: Distribution) -> Distribution:
@@ -243,8 +326,9 @@ class ReplacingCorruption(Corruption):
 
     def posterior(self, distribution: Distribution, x_tilde: Tensor) -> Distribution:
         """Return p(x|x_tilde, z): x_tilde where it must have been kept, p(x|z) where it was not."""
-        clean = self._elements(distribution)
+        clean, x_tilde = self._elements(distribution), self._observed(distribution, x_tilde)
         if isinstance(clean, torch.distributions.Bernoulli):
+            x_tilde = self._checked(x_tilde, "x_tilde", constraints.boolean)
             restored = _restored(clean, self._flips_to(1), self._flips_to(0), x_tilde)
         else:
             noisy = Replacement(clean, self.values, self.probability)
@@ -298,7 +382,7 @@ class Masking(ReplacingCorruption):
         known: whether the mask is observed.
 
     Raises:
-        ValueError: ``probability`` is not strictly between 0 and 1.
+        ValueError: ``probability`` is not strictly between 0 and 1, or ``known`` is no bool.
 
     Reference:
         Vincent et al., Stacked denoising autoencoders, 2010; Rubin, Inference and missing data,
@@ -314,13 +398,13 @@ class Masking(ReplacingCorruption):
 
     def __init__(self, probability: float, known: bool = False) -> None:
         super().__init__(probability, (0.0,))
-        self.known = bool(known)
+        self.known = require_flag(known, "known")
 
     def forward(self, x: Tensor) -> Distribution:
         """Return C(x_tilde|x), batch shape (N,), event shape x_shape or (2, *x_shape)."""
         if not self.known:
             return super().forward(x)
-        return Seen(Point(x), self.probability, x.dim() - 1)
+        return Seen(Point(self._data(x)), self.probability, x.dim() - 1)
 
     def marginal(self, distribution: Distribution) -> Distribution:
         """Return p(x_tilde|z): a :class:`Seen` under a known mask."""
@@ -332,10 +416,31 @@ class Masking(ReplacingCorruption):
         """Return p(x|x_tilde, z): what was seen as it is, p(x|z) elsewhere."""
         if not self.known:
             return super().posterior(distribution, x_tilde)
-        event_dim = len(distribution.event_shape)
-        values, mask = x_tilde.unbind(-event_dim - 1)
-        filled = Replacement(self._elements(distribution), (values,), mask)
-        return filled.to_event(event_dim)
+        clean, event_dim = self._elements(distribution), len(distribution.event_shape)
+        values, mask = self._observed(distribution, x_tilde).unbind(-event_dim - 1)
+        return Replacement(clean, (values,), mask).to_event(event_dim)
+
+    def check_corrupted(self, x_tilde: Any, x_ndim: int) -> Tensor:
+        """Return x_tilde if it is what masking makes, under a known mask (x∘m, m), or raise.
+
+        Raises:
+            ValueError: it is not, such as for a mask that is neither 0 nor 1.
+        """
+        x_tilde = super().check_corrupted(x_tilde, x_ndim)
+        if self.known:
+            values, mask = x_tilde.unbind(-x_ndim - 1)
+            bad = torch.stack([(mask == 0) & (values != 0), (mask != 0) & (mask != 1)], -x_ndim - 1)
+            if bad.any():
+                raise ValueError(
+                    "x_tilde must be pairs of values and mask, the mask 0 or 1 and the value 0 "
+                    f"where the mask is 0, got {int(bad.sum())} entries that are not, the first "
+                    f"{float(x_tilde[bad][0]):g}; mark missing entries by NaN and use "
+                    "probae.stack_missing"
+                )
+        return x_tilde
+
+    def _corrupted_shape(self, x_shape: Size) -> Size:
+        return Size((2, *x_shape)) if self.known else x_shape
 
     def as_clean(self, x_tilde: Tensor) -> Tensor:
         """Return x with zeros where it is missing, of shape (N, *x_shape)."""
@@ -371,6 +476,7 @@ class PoissonThinning(Corruption):
     """
 
     takes = "a Poisson of independent entries"
+    domain = codomain = constraints.nonnegative_integer
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -378,6 +484,7 @@ class PoissonThinning(Corruption):
 
     def forward(self, x: Tensor) -> Distribution:
         """Return C(x_tilde|x), batch shape (N,), event shape x_shape."""
+        x = self._data(x)
         return Thinned(x, x.new_tensor(self.probability)).to_event(x.dim() - 1)
 
     def marginal(self, distribution: Distribution) -> Distribution:
@@ -389,6 +496,7 @@ class PoissonThinning(Corruption):
     def posterior(self, distribution: Distribution, x_tilde: Tensor) -> Distribution:
         """Return p(x|x_tilde, z), a Poisson shifted by x_tilde."""
         clean = self._elements(distribution, torch.distributions.Poisson)
+        x_tilde = self._observed(distribution, x_tilde)
         total = ShiftedPoisson((1 - self.probability) * clean.rate, x_tilde)
         return total.to_event(len(distribution.event_shape))
 
@@ -406,7 +514,8 @@ def stack_missing(x: Tensor | np.ndarray) -> Tensor:
     """Turn data with NaN for what is missing into values and mask, as ``Masking(known=True)`` does.
 
     Args:
-        x: data (N, *x_shape), floating, NaN where an entry is missing.
+        x: data (N, *x_shape), floating, NaN where an entry is missing; of a masked NumPy array
+            what is masked is missing, too.
 
     Returns:
         Tensor: (N, 2, *x_shape): the values, 0 where they are missing, and the mask, 1 where not.
@@ -421,9 +530,11 @@ def stack_missing(x: Tensor | np.ndarray) -> Tensor:
                  [1.0000, 0.0000]]])
     """
     missing: Any = False
-    if isinstance(x, np.ndarray) and x.dtype.kind == "f":
-        missing = torch.from_numpy(np.isnan(x))
-        x = np.where(np.isnan(x), 0, x)
+    if isinstance(x, np.ndarray) and x.dtype.kind in "bf":
+        hidden = np.ma.getmaskarray(x)  # False throughout where x is no masked array
+        x = np.ma.getdata(x)
+        hidden = hidden | np.isnan(x)
+        missing, x = torch.from_numpy(hidden), np.where(hidden, x.dtype.type(0), x)
     elif isinstance(x, Tensor):
         missing = x.isnan()
         x = torch.where(missing, 0, x)
@@ -449,6 +560,12 @@ def require_corruption(corruption: Any) -> Corruption:
             f"{corruption!r}; make one of your own a subclass with marginal and posterior"
         )
     return corruption
+
+
+def _broadcast(shape: Size, other: Size) -> bool:
+    """Whether the shapes broadcast."""
+    pairs = zip(reversed(shape), reversed(other), strict=False)
+    return all(a == b or 1 in (a, b) for a, b in pairs)
 
 
 def _flipped(bits: Any, zero_to_one: float, one_to_zero: float) -> Any:

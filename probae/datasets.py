@@ -199,6 +199,11 @@ def as_tensor(x: Any, argument: str = "x") -> Tensor:
     elif isinstance(x, Dataset):
         x = _stack_items(x, argument)
 
+    if isinstance(x, np.ma.MaskedArray):
+        raise ValueError(
+            f"{argument} must have no missing entries, got a masked array; use {argument}.filled(v),"
+            " or probae.stack_missing for pairs that know of a mask"
+        )
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "bf":
             raise _dtype_error(argument, x.dtype)

@@ -17,6 +17,8 @@ from .encoders import PointEncoder
 from .networks import MLP
 from .part import Part, require_count, require_positive
 
+MAX_ELEMENTS = 2**24  # of a Jacobian that is held at once
+
 
 class ContractivePenalty(Part):
     r"""Contraction of an encoder, :math:`c(x, z) = -\lambda \|\partial f / \partial x\|_F^2`.
@@ -24,7 +26,10 @@ class ContractivePenalty(Part):
     f is the mean of the encoder. One sigmoid layer has the closed form
     :math:`\|J\|_F^2 = \sum_j (f_j (1 - f_j))^2 \|W_j\|^2`; any other encoder is differentiated by
     :mod:`torch.func`, or, with ``method="hutchinson"``, by the unbiased estimate
-    :math:`\|J\|_F^2 = E_v \|J^T v\|^2, v \sim N(0, I)`, one backward pass a probe.
+    :math:`\|J\|_F^2 = E_v \|J^T v\|^2, v \sim N(0, I)`, one backward pass a probe. The exact one
+    takes a backward pass for each dimension of z: for convolutions, take the estimate.
+
+    The encoder is the one given here: where you replace a pair's encoder, replace the factor, too.
 
     Args:
         encoder: the encoder of the same pair; its parameters are shared, not copied.
@@ -80,7 +85,8 @@ def jacobian_norm(encoder: nn.Module, x: Tensor) -> Tensor:
         Tensor: (N,), in units of z²/x².
 
     Raises:
-        ValueError: ``x`` is not a floating tensor with a batch dimension.
+        ValueError: ``x`` is not a floating tensor with a batch dimension, or the encoder's mean is
+            not differentiable.
 
     Reference:
         Rifai et al., Contractive auto-encoders, 2011.
@@ -95,6 +101,7 @@ def jacobian_norm(encoder: nn.Module, x: Tensor) -> Tensor:
     """
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
         raise ValueError(f"x must be a floating tensor of shape (N, *x_shape), got {_shape(x)}")
+    code_size = _differentiable_mean(encoder, x[:1]).numel()
     layer = _sigmoid_layer(encoder)
     if layer is not None:
         f = encoder(x).mean  # (N, k)
@@ -106,11 +113,12 @@ def jacobian_norm(encoder: nn.Module, x: Tensor) -> Tensor:
 
     def code(datum: Tensor) -> Tensor:  # (*x_shape) to (z_dim,)
         distribution = functional_call(encoder, tensors, (datum.unsqueeze(0),))
-        return mean_of(distribution).squeeze(0)
+        return distribution.mean.squeeze(0)
 
+    chunk = max(1, MAX_ELEMENTS // (x[0].numel() * code_size))
     with pyro.validation_enabled(False):  # its checks branch on values, which vmap cannot
-        jacobian = vmap(jacrev(code), randomness="different")(x)  # (N, z_dim, *x_shape)
-    return jacobian.square().flatten(1).sum(1)
+        jacobian = vmap(jacrev(code), randomness="different", chunk_size=chunk)(x)
+    return jacobian.square().flatten(1).sum(1)  # of (N, z_dim, *x_shape)
 
 
 class CodeCoupling(Part):
@@ -154,7 +162,7 @@ def _hutchinson(encoder: nn.Module, x: Tensor, num_probes: int) -> Tensor:
     """Unbiased estimate of the squared norm of the Jacobian at each datum, (N,)."""
     with torch.enable_grad():  # the derivative with respect to x is needed in evaluation, too
         x = x.detach().requires_grad_()
-        code = mean_of(encoder(x))  # (N, z_dim)
+        code = _differentiable_mean(encoder, x)  # (N, z_dim)
         total = x.new_zeros(len(x))
         for _ in range(num_probes):
             (product,) = torch.autograd.grad(
@@ -162,6 +170,26 @@ def _hutchinson(encoder: nn.Module, x: Tensor, num_probes: int) -> Tensor:
             )  # J'v, (N, *x_shape)
             total = total + product.square().flatten(1).sum(1)
     return total / num_probes
+
+
+def _differentiable_mean(encoder: nn.Module, x: Tensor) -> Tensor:
+    """Return the mean code as a function of x, or refuse an encoder that has none."""
+    with torch.enable_grad():
+        try:
+            code: Tensor = encoder(x if x.requires_grad else x.detach().requires_grad_()).mean
+        except NotImplementedError:
+            code = x.new_zeros(())
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"encoder must map x of shape {tuple(x.shape)} and {x.dtype} to a distribution: "
+                f"{error}"
+            ) from error
+    if not code.requires_grad:
+        raise ValueError(
+            "encoder must have a mean in closed form that x moves, got "
+            f"{type(encoder).__name__}, whose Jacobian autograd cannot see"
+        )
+    return code
 
 
 def _sigmoid_layer(encoder: nn.Module) -> nn.Linear | None:

@@ -42,6 +42,10 @@ class LogitNormal(dist.TransformedDistribution):
 
         As the differences have the sign of a, so has the mean less 1/2, also in floating point.
         """
+        if self.scale > 100:  # σ is a step, smoothed by a logistic density of variance π²/3
+            t = self.loc / self.scale
+            density = torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi)
+            return torch.special.ndtr(t) - math.pi**2 / 6 / self.scale**2 * t * density
         step = min(0.5, 1 / self.scale)  # trapezoid rule; the poles of σ are π/s from the real line
         mean = 0.5 + 0.5 * _weight(0.0, step) * (self.loc.sigmoid() - (-self.loc).sigmoid())
         for j in range(1, math.ceil(6 / step) + 1):

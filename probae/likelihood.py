@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from .annealing import Annealing, anneal
 from .arviz import pareto_khat
 from .autoencoder import Autoencoder, Kind, frozen
-from .checks import check_support, require_pair
+from .checks import check_support, prior_of, require_density, require_gradients, require_pair
 from .datasets import as_tensor
 from .decoders import GaussianDecoder
-from .distributions import base_distribution, is_discrete, is_flat, is_point
+from .distributions import base_distribution, is_flat
 from .part import require_count
 from .terms import log_weights
 
@@ -92,8 +92,10 @@ def log_likelihood(
         ais:&\quad \log \frac1K \sum_k w_k, \text{ with } w_k \text{ annealed from } q
         \text{ or } p(z) \text{ to the posterior; see :class:`Annealing`}
 
-    ``ais`` needs no encoder, so it measures point codes and penalised pairs, too, and is the
-    tightest of the bounds where an encoder is poor; it needs continuous z.
+    ``ais`` needs no encoder, so it measures point codes and penalised pairs, too, and is often the
+    tighter bound where an encoder is poor; it needs continuous z. Neither its acceptance rate nor
+    its standard error certifies it where the effective number of chains is near one: take more
+    temperatures until the value settles.
 
     ``exact`` needs a linear-Gaussian pair (affine mean, one scale, Gaussian prior) or a discrete
     code of at most 2**20 states. Work is cut into chunks of data and of samples, so memory does not
@@ -140,7 +142,7 @@ def log_likelihood(
         num_samples = require_count(num_samples, "num_samples")
     data = as_tensor(x, "x").to(pair.device, pair.dtype)
     check_support(pair, data, "x", binarize=False, strict=True)
-    if is_flat(pair.prior()):
+    if is_flat(prior_of(pair)):
         raise ValueError(
             f"pair is of kind {pair.kind.value}: its prior is flat, so there is no p(x) "
             f"({pair.kind.statement}); give it a proper prior, such as prior='normal'"
@@ -160,6 +162,8 @@ def log_likelihood(
             values = closed_form(data)
         zero = torch.zeros_like(values)
         return LogLikelihood(values, zero, None, None, "exact", False, 0, dimension)
+    if method != "ais" and annealing is not None:
+        raise ValueError(f"annealing goes with method='ais', got method={method!r}")
     if method == "ais":
         return _annealed(
             pair, data, num_samples or 16, annealing or Annealing(), proposal, seed, progress
@@ -194,6 +198,7 @@ def _annealed(
     progress: bool,
 ) -> LogLikelihood:
     """Log-mean weight of annealed chains; its expectation is at most log p(x)."""
+    require_gradients("method='ais'")
     if not isinstance(annealing, Annealing):
         raise ValueError(
             f"annealing must be a probae.Annealing, got {type(annealing).__name__}; for instance "
@@ -283,8 +288,9 @@ def _programs(
             return pair.model, pair.guide
         raise ValueError(
             f"method={method!r} needs an encoder with a density, but the pair is of kind "
-            f"{kind.value}: {kind.statement}; pass proposal=probae.fit_proposal(pair, x_train)"
-            + (", or use method='elbo'" if kind is Kind.DISCRETE_POINT else "")
+            f"{kind.value}: {kind.statement}; use method='ais', or pass "
+            "proposal=probae.fit_proposal(pair, x_train)"
+            + (", or method='elbo'" if kind is Kind.DISCRETE_POINT else "")
         )
 
     def propose(x: Tensor) -> None:
@@ -296,36 +302,14 @@ def _programs(
             z = pyro.sample("z", pair.prior())
             pyro.sample("x", pair.decoder(z), obs=x)
 
-    if not isinstance(proposal, nn.Module):
-        raise ValueError(
-            f"proposal must be an encoder, a torch.nn.Module, got {type(proposal).__name__}"
-        )
-    with frozen(pair, seed=0), frozen(proposal, None):
-        prior, x = pair.prior(), torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype)
-        try:
-            density = proposal(x)
-        except RuntimeError as error:
-            raise ValueError(
-                f"proposal does not take x of shape {tuple(x.shape)}: {error}"
-            ) from error
-    if (
-        is_point(density)
-        or is_flat(density)
-        or density.event_shape != pair.z_shape
-        or is_discrete(density) != is_discrete(prior)
-    ):
-        raise ValueError(
-            f"proposal(x) must return a {'discrete' if is_discrete(prior) else 'continuous'} "
-            f"density, not a point and not masked, with event shape {pair.z_shape}, got "
-            f"{type(base_distribution(density)).__name__} with event shape "
-            f"{tuple(density.event_shape)}"
-        )
+    zeros = torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype)
+    require_density(pair, proposal, zeros, "proposal")
     return generate, propose
 
 
 def _closed_form(pair: Autoencoder) -> Callable[[Tensor], Tensor] | None:
     """Return the function that gives log p(x) exactly, or None where there is none."""
-    prior = base_distribution(pair.prior())
+    prior = base_distribution(prior_of(pair))
     decoder = pair.decoder
     if isinstance(prior, dist.Normal) and isinstance(decoder, GaussianDecoder):
         affine = decoder.affine()
@@ -352,7 +336,7 @@ def _linear_gaussian(
 
 def _count_states(pair: Autoencoder) -> int | None:
     """Number of states of the code, or None if it is not discrete and finite."""
-    prior = pair.prior()
+    prior = prior_of(pair)
     base = base_distribution(prior)
     if isinstance(base, dist.OneHotCategorical) and prior.event_shape == base.event_shape:
         return int(base.event_shape[0])

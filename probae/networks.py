@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import conv_transpose2d, linear, normalize
 
 from .part import Part, Shape, as_shape, as_widths, numel
 
@@ -39,8 +39,8 @@ class MLP(Part):
         hidden: widths of the hidden layers.
         activation: one of ``relu, tanh, sigmoid, softplus, elu, silu, gelu``.
         out_activation: activation of the output, by default none.
-        unit_norm: give the columns of W_1 unit length, as a decoder needs where the penalty on its
-            code could otherwise be had for nothing by scaling z down and W_1 up.
+        unit_norm: give the columns of every W unit length, as a decoder needs where the penalty on
+            its code could otherwise be had for nothing by scaling z down and a W up.
 
     Raises:
         ValueError: a shape or width is not positive, or an activation is unknown.
@@ -67,8 +67,8 @@ class MLP(Part):
         _activation(activation)  # an unknown name is an error without a hidden layer, too
         self.out_activation = None if out_activation is None else _activation(out_activation)
         layers: list[nn.Module] = []
-        for i, (width_in, width_out) in enumerate(pairwise(widths)):
-            layer = UnitNormLinear if unit_norm and i == 0 else nn.Linear
+        layer = UnitNormLinear if unit_norm else nn.Linear
+        for width_in, width_out in pairwise(widths):
             layers += [_glorot(layer(width_in, width_out)), _activation(activation)]
         self.layers = nn.Sequential(*layers[:-1])
 
@@ -105,8 +105,8 @@ class UnitNormLinear(nn.Linear):
 
     Example:
         >>> import torch
-        >>> UnitNormLinear(3, 5).unit_weight.norm(dim=0).detach()
-        tensor([1., 1., 1.])
+        >>> torch.allclose(UnitNormLinear(3, 5).unit_weight.norm(dim=0), torch.ones(3))
+        True
     """
 
     @property
@@ -117,6 +117,30 @@ class UnitNormLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         return linear(x, self.unit_weight, self.bias)
+
+
+class UnitNormConvTranspose2d(nn.ConvTranspose2d):
+    r"""Transposed convolution whose kernels of each input channel have unit length together.
+
+    Example:
+        >>> import torch
+        >>> lengths = UnitNormConvTranspose2d(3, 5, 3).unit_weight.flatten(1).norm(dim=1)
+        >>> torch.allclose(lengths, torch.ones(3))
+        True
+    """
+
+    @property
+    def unit_weight(self) -> Tensor:
+        """The kernels that are applied, of shape (in, out, height, width)."""
+        return normalize(self.weight.flatten(1), dim=1).view_as(self.weight)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Map (B, in, height, width) to (B, out, larger height, larger width)."""
+        if output_size is not None:
+            raise ValueError("output_size is fixed by output_padding here, leave it None")
+        stride, padding = self.stride, self.padding
+        weight, bias = self.unit_weight, self.bias
+        return conv_transpose2d(x, weight, bias, stride, padding, self.output_padding)  # type: ignore[arg-type]
 
 
 class TransposedMLP(Part):
@@ -263,12 +287,13 @@ class DeconvNet(Part):
         image = (numel(tuple(parameters)) * c, h, w)
         sizes = _sizes(image, as_shape(channels, "channels")[::-1])[::-1]
         self.dense = MLP(in_shape, sizes[0], hidden, activation, unit_norm=unit_norm)
+        convolution = UnitNormConvTranspose2d if unit_norm else nn.ConvTranspose2d
         layers: list[nn.Module] = []
         for (c_in, h_in, w_in), (c_out, h_out, w_out) in pairwise(sizes):
             padding = (h_out - 2 * h_in + 1, w_out - 2 * w_in + 1)
             layers += [
                 _activation(activation),
-                _glorot(nn.ConvTranspose2d(c_in, c_out, 3, 2, padding=1, output_padding=padding)),
+                _glorot(convolution(c_in, c_out, 3, 2, padding=1, output_padding=padding)),
             ]
         self.convolutions = nn.Sequential(*layers)
 

@@ -107,3 +107,10 @@ def require_count(value: int, argument: str, least: int = 1) -> int:
 def as_number(value: Any) -> float:
     """Return ``value`` as a float, NaN where it is no real number."""
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+
+
+def require_flag(value: bool, argument: str) -> bool:
+    """Return ``value`` if it is True or False, or raise a ValueError."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{argument} must be True or False, got {value!r}")
+    return value

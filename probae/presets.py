@@ -13,6 +13,7 @@ from .autoencoder import Autoencoder
 from .corruptions import GaussianNoise
 from .datasets import as_tensor
 from .decoders import LIKELIHOODS, Decoder, GaussianDecoder
+from .distributions import is_point
 from .encoders import (
     BernoulliEncoder,
     GaussianEncoder,
@@ -24,7 +25,7 @@ from .encoders import (
 from .factors import CodeCoupling, ContractivePenalty
 from .hashing import NoisySigmoidEncoder, ProbitEncoder, ThresholdEncoder
 from .networks import MLP, TransposedMLP, network_from_code, network_to_code
-from .part import Shape, as_shape, require_count, require_positive
+from .part import Shape, as_shape, require_count, require_flag, require_positive
 from .priors import (
     BernoulliPrior,
     ExponentialPrior,
@@ -290,8 +291,8 @@ class SparseAutoencoder(Autoencoder):
             as in the textbook losses of JumpReLU and TopK; there is then no p(x) (kind ENERGY).
         bandwidth: width ε of the noise of the thresholds of ``spike-and-slab``'s gates, in units of
             the pre-activations; a threshold learns from data within that distance.
-        unit_norm: give the decoder's first layer columns of unit length. By default where the code
-            is a point, whose penalty could otherwise be had for nothing by rescaling.
+        unit_norm: give every weight matrix of the decoder columns of unit length. By default where
+            the code is a point, whose penalty could otherwise be had for nothing by rescaling.
         hidden: widths of the encoder's hidden layers; the decoder mirrors them.
         channels: output channels of strided convolutions before them, for images (C, H, W).
         activation: see :class:`MLP`.
@@ -334,7 +335,17 @@ class SparseAutoencoder(Autoencoder):
         likelihood_options: dict[str, Any] | None = None,
     ) -> None:
         x_shape, z_dim = _dimensions(x_dim, z_dim)
-        point = posterior in ("point", "sparse-coding")
+        named = isinstance(posterior, str)
+        if isinstance(posterior, nn.Module):
+            point = is_point(posterior(torch.zeros(1, *x_shape)))
+        else:
+            point = named and posterior in ("point", "sparse-coding")
+        subset = isinstance(prior, str) and prior == "subset"
+        if unit_norm is not None:
+            require_flag(unit_norm, "unit_norm")
+        if slab_scale is not None:
+            require_positive(slab_scale, "slab_scale")
+        require_positive(bandwidth, "bandwidth")
         decoder = _decoder(
             x_shape,
             z_dim,
@@ -345,13 +356,16 @@ class SparseAutoencoder(Autoencoder):
             likelihood_options,
             unit_norm=point if unit_norm is None else unit_norm,
         )
-        if (prior == "subset") != (num_active is not None):
+        if subset != (num_active is not None):
             raise ValueError(
                 "num_active must be given for prior='subset', and for no other, got "
                 f"num_active={num_active!r} with prior={prior!r}"
             )
-        if prior == "subset" and rate is not None:
-            raise ValueError("rate has no meaning for prior='subset': leave it out")
+        if rate is not None and (subset or isinstance(prior, nn.Module)):
+            raise ValueError(
+                "rate goes with a prior that is named and has one; leave it out for 'subset', and "
+                "give it to a prior module itself"
+            )
         penalty = 1.0 if rate is None else require_positive(rate, "rate")
 
         def network(*out_shape: int, out_activation: str | None = None) -> nn.Module:
@@ -365,10 +379,10 @@ class SparseAutoencoder(Autoencoder):
         else:
             active = num_active or z_dim  # not looked at but for prior="subset"
             makers = _sparse_encoders(prior, network, z_dim, penalty, active, slab_scale, bandwidth)
-            if prior == "laplace":
+            if isinstance(prior, str) and prior == "laplace":
                 linear = cast(GaussianDecoder, decoder)  # or the encoder says what is wrong
                 makers["sparse-coding"] = lambda: SparseCodingEncoder(linear, penalty)
-            if not isinstance(posterior, str) or posterior not in makers:
+            if not named or posterior not in makers:
                 raise ValueError(
                     f"posterior must be a module or, for prior={prior!r}, one of "
                     f"{', '.join(makers)}, got {posterior!r}"
@@ -546,6 +560,7 @@ class ContractiveAutoencoder(Autoencoder):
         x_shape, z_dim = _dimensions(x_dim, z_dim)
         network = network_to_code(x_shape, (z_dim,), hidden, channels, activation, activation)
         encoder = PointEncoder(network)
+        require_positive(noise, "noise")
         decoder = _decoder(
             x_shape,
             z_dim,
@@ -554,12 +569,12 @@ class ContractiveAutoencoder(Autoencoder):
             activation,
             likelihood,
             likelihood_options,
-            tied_to=network if tied else None,
+            tied_to=network if require_flag(tied, "tied") else None,
         )
         corruption: nn.Module | None = None
         factor: nn.Module
         if penalty == "noise":
-            corruption = GaussianNoise(require_positive(noise, "noise"))
+            corruption = GaussianNoise(noise)
             scale = noise / math.sqrt(2 * require_positive(weight, "weight"))
             factor = CodeCoupling(encoder, scale)
         elif penalty in ("exact", "hutchinson"):
@@ -577,8 +592,9 @@ class PredictiveSparseDecomposition(Autoencoder):
 
     The encoder of the pair minimises E over z by FISTA and passes no gradient; one step of SVI
     then trains W and f at that code. ``pair.predictor(x)`` is f alone, the fast inference of test
-    time. The loss is E at the minimum plus :math:`(D/2) \log 2\pi\sigma^2 + k \log(2/\lambda) +
-    (k/2) \log(\pi/\gamma)` (kind ENERGY: an observed value, f(x), is itself learned).
+    time. The loss is E at that code (with ``couple=False``, not its minimum) plus :math:`(D/2)
+    \log 2\pi\sigma^2 + k \log(2/\lambda) + (k/2) \log(\pi/\gamma)` (kind ENERGY: an observed value,
+    f(x), is itself learned).
 
     Args:
         x_dim: dimension or shape of one datum.
@@ -588,7 +604,7 @@ class PredictiveSparseDecomposition(Autoencoder):
         couple: whether the inference of z sees the prediction error, as E says. False: it is only
             started at f(x), as in the published code.
         scale: σ > 0; at the default √½ the squared error has weight 1.
-        hidden: widths of the hidden layers of f.
+        hidden: widths of the hidden layers of f; by default f is affine, and fastest.
         activation: see :class:`MLP`.
         tolerance: largest violation of the optimality conditions at which FISTA stops.
         max_iterations: of FISTA.
@@ -616,7 +632,7 @@ class PredictiveSparseDecomposition(Autoencoder):
         coupling: float = 1.0,
         couple: bool = True,
         scale: float = math.sqrt(0.5),
-        hidden: Shape = (400,),
+        hidden: Shape = (),
         activation: str = "tanh",
         tolerance: float = 1e-4,
         max_iterations: int = 1000,
@@ -629,7 +645,7 @@ class PredictiveSparseDecomposition(Autoencoder):
             decoder,
             rate,
             predictor=network,
-            coupling=coupling if couple else 0.0,
+            coupling=coupling if require_flag(couple, "couple") else 0.0,
             tolerance=tolerance,
             max_iterations=max_iterations,
         )
@@ -640,9 +656,10 @@ class PredictiveSparseDecomposition(Autoencoder):
     @property
     def predictor(self) -> PointEncoder:
         """The encoder f(x), the fast approximation of the sparse code."""
-        assert isinstance(self.factor, CodeCoupling)
-        assert isinstance(self.factor.predictor, PointEncoder)
-        return self.factor.predictor
+        predictor = getattr(self.factor, "predictor", None)
+        if not isinstance(predictor, PointEncoder):
+            raise ValueError("factor was replaced: the pair has no predictor any more")
+        return predictor
 
 
 class SemanticHashing(Autoencoder):
@@ -701,7 +718,8 @@ class SemanticHashing(Autoencoder):
             "probit": lambda: ProbitEncoder(network, noise),
             "threshold": lambda: ThresholdEncoder(network),
         }
-        if posterior not in encoders:
+        require_positive(noise, "noise")
+        if not isinstance(posterior, str) or posterior not in encoders:
             raise ValueError(f"posterior must be one of {', '.join(encoders)}, got {posterior!r}")
         prior = FlatPrior(z_dim) if posterior == "noise" else BernoulliPrior(z_dim)
         decoder = _decoder(
@@ -779,7 +797,16 @@ def _corrupted_shape(corruption: nn.Module, x_shape: tuple[int, ...]) -> tuple[i
             "corruption must be a module such as probae.GaussianNoise(0.3), got "
             f"{type(corruption).__name__}"
         )
-    return tuple(corruption(torch.zeros(1, *x_shape)).event_shape)
+    try:
+        corrupted = corruption(torch.zeros(1, *x_shape))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"corruption does not take x of shape (1, *{x_shape}): {error}") from error
+    if not isinstance(corrupted, torch.distributions.Distribution):
+        raise ValueError(
+            "corruption(x) must return a torch.distributions.Distribution, got "
+            f"{type(corrupted).__name__}"
+        )
+    return tuple(corrupted.event_shape)
 
 
 def _sparse_prior(
@@ -826,7 +853,9 @@ def _sparse_encoders(
         },
         "student-t": {**point, **gaussian},
         "spike-and-slab": {
-            "point": lambda: JumpReLUEncoder(network(), z_dim, bandwidth=bandwidth, rate=rate),
+            "point": lambda: JumpReLUEncoder(
+                network(), z_dim, bandwidth=bandwidth, rate=rate, slab_scale=slab_scale
+            ),
             "noisy-gate": lambda: NoisyGateEncoder(network(), z_dim, bandwidth=bandwidth, **slab),
             "spike-and-slab": lambda: SpikeAndSlabEncoder(network(3)),
         },

@@ -84,20 +84,25 @@ def pretrain(
     stages = _stages(pair, corruption)
     data = to_pair(pair, pair.check_input(as_tensor(x, "x")))
     runs: list[Run] = []
-    for stage in stages:
-        run = fit(
-            stage,
-            data,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            seed=seed,
-            progress=progress,
-        )
-        runs.append(run)
-        if stage is not stages[-1]:
-            with frozen(stage, seed=0):  # in chunks, so that only the layer itself is held
-                data = torch.cat([stage.encoder(rows).mean for rows, _ in chunks(data)])
+    before = {name: tensor.clone() for name, tensor in pair.state_dict().items()}
+    try:
+        for stage in stages:
+            run = fit(
+                stage,
+                data,
+                epochs=epochs,
+                batch_size=batch_size,
+                lr=lr,
+                seed=seed,
+                progress=progress,
+            )
+            runs.append(run)
+            if stage is not stages[-1]:
+                with frozen(stage, seed=0):  # in chunks, so that only the layer itself is held
+                    data = torch.cat([stage.encoder(rows).mean for rows, _ in chunks(data)])
+    except ValueError:  # a layer's activations may not suit what the data do
+        pair.load_state_dict(before)
+        raise
     return runs
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from .autoencoder import Autoencoder
-from .checks import require_pair
+from .autoencoder import Autoencoder, seeded
+from .checks import prior_of, require_pair
 from .distributions import base_distribution, is_discrete, is_flat
 from .encoders import BernoulliEncoder, CategoricalEncoder, GaussianEncoder, LogNormalEncoder
 from .networks import MLP
@@ -69,13 +69,17 @@ def fit_proposal(
         True
     """
     require_pair(pair)
-    if is_flat(pair.prior()):
+    if is_flat(prior_of(pair)):
         raise ValueError(
             f"pair is of kind {pair.kind.value}: its prior is flat or improper, so there is no "
             "p(x) to measure; give it a proper prior"
         )
     if encoder is None:
-        encoder = _encoder_for(pair, hidden, activation)
+        seed = options.get("seed", 0)
+        with contextlib.nullcontext() if seed is None else seeded(seed, {pair.device}):
+            encoder = _encoder_for(pair, hidden, activation)
+    elif isinstance(encoder, nn.Module):
+        encoder.to(pair.device, pair.dtype)
     with _fixed(pair.prior, pair.decoder):
         fit(Autoencoder(pair.prior, encoder, pair.decoder), x, val, **options)
     return encoder
@@ -83,7 +87,7 @@ def fit_proposal(
 
 def _encoder_for(pair: Autoencoder, hidden: Shape, activation: str) -> nn.Module:
     """Return an encoder whose density has the support of the pair's prior."""
-    prior = pair.prior()
+    prior = prior_of(pair)
     base = base_distribution(prior)
 
     def network(*parameters: int) -> MLP:

@@ -10,8 +10,8 @@ from pyro.distributions import constraints
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
-from .autoencoder import Autoencoder, frozen
-from .checks import check_support, require_pair
+from .autoencoder import Autoencoder, Kind, frozen
+from .checks import check_support, likelihood_of, prior_of, require_density, require_pair
 from .corruptions import Corruption, GaussianNoise, encoder_input, require_corruption
 from .datasets import as_tensor
 from .decoders import CorruptedDecoder
@@ -60,7 +60,7 @@ def sample(pair: Autoencoder, num_samples: int = 1, *, seed: int | None = None) 
     """
     require_pair(pair)
     num_samples = require_count(num_samples, "num_samples")
-    if is_flat(pair.prior()):
+    if is_flat(prior_of(pair)):
         raise ValueError(
             f"pair is of kind {pair.kind.value}: nothing can be drawn from its flat prior; give it "
             "a proper one, such as prior='normal'"
@@ -154,12 +154,8 @@ def denoise(
     """
     require_pair(pair)
     num_samples = require_count(num_samples, "num_samples")
-    if proposal is not None and not isinstance(proposal, nn.Module):
-        raise ValueError(
-            f"proposal must be an encoder, a torch.nn.Module, got {type(proposal).__name__}"
-        )
     data = as_tensor(x_tilde, "x_tilde").to(pair.device, pair.dtype)
-    if is_flat(pair.prior()):
+    if is_flat(prior_of(pair)):
         return _trained_denoiser(pair, data, corruption, num_samples, seed)
     decoder: Any = pair.decoder
     own: Any = pair.corruption
@@ -175,15 +171,11 @@ def denoise(
     with frozen(pair, seed=0):
         _check_corrupted(corruption.marginal(decoder(pair.prior().sample(Size((1,))))), data)
         takes = pair.x_shape if proposal is not None else _input_shape(pair)
+    fed = _fed_to(takes, corruption, data)
+    name = "encoder of the pair" if proposal is None else "proposal"
+    require_density(pair, encoder, fed[:2], name)
     with frozen(pair, seed), frozen(encoder, None):
-        codes = encoder(_fed_to(takes, corruption, data))
-        if is_point(codes) or is_flat(codes) or codes.event_shape != pair.z_shape:
-            raise ValueError(
-                f"{'encoder of the pair' if proposal is None else 'proposal'} must return a "
-                f"density with event shape {pair.z_shape} to draw z from, got "
-                f"{type(base_distribution(codes)).__name__} with event shape "
-                f"{tuple(codes.event_shape)}; pass proposal=probae.fit_proposal(pair, x_train)"
-            )
+        codes = encoder(fed)
         z = codes.sample(Size((num_samples,)))  # (K, N, *z_shape)
         log_ratio = (pair.prior().log_prob(z) - codes.log_prob(z)).T  # (N, K)
         likelihood = decoder(z.transpose(0, 1))
@@ -203,15 +195,20 @@ def score(pair: Autoencoder, x: Tensor | Any) -> Tensor:
     identity at every σ (Tweedie's formula). It is the score of the **smoothed** density: that of p
     itself is its limit as σ goes to 0, and far from it while σ is not below the finest detail of p.
 
+    The loss of a Gaussian likelihood is least at that r; a proper prior or a factor adds to the
+    loss and moves its minimum, so other pairs are refused.
+
     Args:
-        pair: a pair with the corruption :class:`GaussianNoise`, whose scale is σ.
+        pair: a denoising autoencoder: a pair of kind CONDITIONAL with a Gaussian likelihood and the
+            corruption :class:`GaussianNoise`, whose scale is σ.
         x: points (N, *x_shape), in the place of noisy data.
 
     Returns:
         Tensor: (N, *x_shape), in nats per unit of x.
 
     Raises:
-        ValueError: a pair without Gaussian noise, or bad data (shape, dtype, empty, NaN).
+        ValueError: a pair that has learned no score: without Gaussian noise, of another kind, or
+            with another likelihood; or bad data (shape, dtype, empty, NaN).
 
     Reference:
         Miyasawa, An empirical Bayes estimator of the mean of a normal population, 1961; Alain &
@@ -233,6 +230,19 @@ def score(pair: Autoencoder, x: Tensor | Any) -> Tensor:
         raise ValueError(
             f"pair must have the corruption GaussianNoise, got {pair.corruption!r}: the score is "
             "(r(x) - x) / scale**2 of that noise; train a pair with corruption=GaussianNoise(scale)"
+        )
+    if pair.kind is not Kind.CONDITIONAL:
+        raise ValueError(
+            f"pair must be of kind CONDITIONAL, got {pair.kind.value}: under a proper prior or a "
+            "factor r(x) is not trained to be E[x|x_tilde], so (r(x) - x) / scale**2 is no score; "
+            "train a probae.DenoisingAutoencoder"
+        )
+    family = likelihood_of(pair)
+    if not isinstance(family, torch.distributions.Normal):
+        raise ValueError(
+            f"decoder must return a Gaussian, got {type(family).__name__}: r(x) is fitted to "
+            "E[x|x_tilde] by least squares; train a pair with likelihood='gaussian' or "
+            "'heteroscedastic-gaussian'"
         )
     data = pair.check_input(as_tensor(x, "x")).to(pair.device, pair.dtype)
     with frozen(pair, seed=0):
@@ -258,6 +268,8 @@ def _trained_denoiser(
         )
     with frozen(pair, seed=0):
         _check_shape(_input_shape(pair), x_tilde)
+    if isinstance(own, Corruption):
+        own.check_corrupted(x_tilde, len(pair.x_shape))
     with frozen(pair, seed):
         codes = pair.encoder(x_tilde)
         if is_point(codes):
@@ -271,7 +283,7 @@ def _input_shape(pair: Autoencoder) -> tuple[int, ...]:
     """Shape of what the pair's encoder is given: x, or its corrupted version."""
     if pair.corruption is None:
         return pair.x_shape
-    x = pair.decoder(pair.prior().sample(Size((1,)))).sample().to(pair.dtype)
+    x = torch.zeros(1, *pair.x_shape).to(pair.device, pair.dtype)
     return tuple(pair.corruption(x).event_shape)
 
 

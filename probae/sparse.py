@@ -437,5 +437,6 @@ def top_k(z: Tensor, k: int, positive: bool = False) -> Tensor:
     if z.shape[-1] < require_count(k, "k"):
         raise ValueError(f"k must be at most the number of entries, {z.shape[-1]}, got {k!r}")
     kept = (z if positive else z.abs()).topk(k, -1).indices
-    values = z.clamp(min=torch.finfo(z.dtype).tiny) if positive else z
+    tiny = torch.full_like(z, torch.finfo(z.dtype).tiny)  # k entries stay active, come what may
+    values = torch.maximum(z, tiny) if positive else torch.where(z == 0, tiny, z)
     return torch.zeros_like(z).scatter(-1, kept, values.gather(-1, kept))

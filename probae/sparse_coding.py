@@ -381,7 +381,7 @@ def _solve(
     weight = dictionary.to(dtype) / noise_scale
     quadratic = weight.T @ weight  # Q: (K, K)
     smaller = weight @ weight.T if len(weight) < len(quadratic) else quadratic
-    largest = float(torch.linalg.eigvalsh(smaller)[-1])  # all its other eigenvalues are the same
+    largest = float(torch.linalg.eigvalsh(smaller)[-1])  # WW' and W'W share it
     linear = (x.to(dtype) / noise_scale) @ weight  # c: (N, K)
     if prediction is not None and coupling:
         quadratic = quadratic + 2 * coupling * torch.eye(len(quadratic)).to(quadratic)

@@ -185,9 +185,13 @@ class JumpReLUEncoder(Part):
               \frac{\partial \|z\|_0}{\partial \theta_i} :=
               -\frac1\varepsilon K\Big(\frac{a_i - \theta_i}{\varepsilon}\Big)
 
-    The second is not seen by a prior, which is shown z alone: give the prior's ``rate`` here, too,
-    and the encoder adds it as the gradient of a term that is zero (the ``log_density`` of the
-    point). :class:`NoisyGateEncoder` needs no such device.
+    The second is not seen by a prior, which is shown z alone: give the prior's ``rate`` and
+    ``slab_scale`` τ here, too, and the encoder adds what switching an entry on costs,
+    :math:`\lambda` under a flat slab and :math:`\lambda + \frac12\log 2\pi\tau^2 +
+    \theta_i^2 / 2\tau^2` under a Gaussian one, as the gradient of a term that is zero (the
+    ``log_density`` of the point). ``TraceMeanField_ELBO`` does not look at that term and would
+    leave the thresholds untrained; use :class:`probae.ELBO` or ``Trace_ELBO``.
+    :class:`NoisyGateEncoder` needs no such device.
 
     Args:
         network: maps (..., *x_shape) to the pre-activations a, (..., z_dim).
@@ -197,6 +201,7 @@ class JumpReLUEncoder(Part):
         kernel: ``rectangle`` (as in the paper), ``logistic`` or ``gaussian``.
         rate: weight λ of the L0 price, the ``rate`` of the :class:`SpikeAndSlabPrior`, or None for
             a prior that does not price the number of active entries.
+        slab_scale: that of the same prior, None for a flat slab.
 
     Raises:
         ValueError: a number is not finite and > 0, or the kernel is unknown.
@@ -220,6 +225,7 @@ class JumpReLUEncoder(Part):
         bandwidth: float = 0.1,
         kernel: str = "rectangle",
         rate: float | None = None,
+        slab_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -227,6 +233,7 @@ class JumpReLUEncoder(Part):
         self.bandwidth = require_positive(bandwidth, "bandwidth")
         self.kernel = _require_kernel(kernel)
         self.rate = None if rate is None else require_positive(rate, "rate")
+        self.slab_scale = None if slab_scale is None else require_positive(slab_scale, "slab_scale")
 
     def forward(self, x: Tensor) -> Distribution:
         """Return the point mass at z, batch shape (...), event shape (z_dim,)."""
@@ -235,8 +242,18 @@ class JumpReLUEncoder(Part):
         smooth = KERNELS[self.kernel]((value.detach() - threshold) / self.bandwidth).probs
         jump = smooth - smooth.detach()  # zero, with the derivative -K/ε of the gate
         z = torch.where(value > threshold, value, 0.0) + threshold.detach() * jump
-        log_density = 0.0 if self.rate is None else self.rate * jump.sum(-1)
+        log_density = 0.0 if self.rate is None else (self._price(z, threshold) * jump).sum(-1)
         return dist.Delta(z, log_density, event_dim=1)
+
+    def _price(self, z: Tensor, threshold: Tensor) -> Tensor:
+        """Cost of switching an entry on, less what its prior already sends through z."""
+        assert self.rate is not None
+        price = torch.full_like(z, self.rate)
+        if self.slab_scale is not None:
+            theta, variance = threshold.detach(), self.slab_scale**2
+            price = price + 0.5 * math.log(2 * math.pi * variance) + theta**2 / (2 * variance)
+            price = price - z.detach() * theta / variance
+        return price
 
 
 class TopKEncoder(Part):

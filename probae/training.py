@@ -17,7 +17,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from .autoencoder import Autoencoder, Kind, local_parameters, seeded
-from .checks import TrainingData, require_pair
+from .checks import TrainingData, require_gradients, require_pair
+from .corruptions import encoder_input
+from .distributions import base_distribution
 from .monitoring import (
     bound_on,
     broken_parameter,
@@ -135,11 +137,13 @@ def fit(
         2
     """
     _check_arguments(pair, epochs, batch_size, lr, patience, clip_norm, val)
+    require_gradients("fit")
     objective = ELBO() if objective is None else objective
     _check_objective(objective)
     kind = pair.kind  # here, so that replaced parts that do not fit are named
     warmup = getattr(objective, "warmup_epochs", 0.0)
     data = TrainingData(pair, x, "x", binarize)
+    _check_density(pair, objective)
     devices = {pair.device}
     with contextlib.ExitStack() as stack:
         if seed is not None:
@@ -323,6 +327,21 @@ def _check_objective(objective: Any) -> None:
         raise ValueError(
             f"objective {type(objective).__name__} cannot be differentiated here; use probae.ELBO, "
             "pyro.infer.Trace_ELBO or TraceMeanField_ELBO, or train with pyro.infer.SVI"
+        )
+
+
+def _check_density(pair: Autoencoder, objective: pyro.infer.ELBO) -> None:
+    """Refuse what would leave parameters untrained without a word."""
+    if not isinstance(objective, pyro.infer.TraceMeanField_ELBO):
+        return
+    x = torch.zeros(1, *pair.x_shape).to(pair.device, pair.dtype)
+    with seeded(0, {pair.device}), torch.enable_grad(), local_parameters():
+        code = base_distribution(pair.encoder(encoder_input(pair.corruption, x)))
+    log_density = getattr(code, "log_density", None)
+    if isinstance(log_density, Tensor) and log_density.requires_grad:
+        raise ValueError(
+            "objective TraceMeanField_ELBO does not look at the log-density of a point code, "
+            "through which this encoder learns; use probae.ELBO() or pyro.infer.Trace_ELBO()"
         )
 
 

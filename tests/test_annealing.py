@@ -23,7 +23,7 @@ def linear_pair(posterior: str = "exact") -> probae.PPCA:
 @pytest.mark.parametrize("start", ["prior", "proposal"])
 def test_annealing_reaches_the_exact_likelihood_from_below(start: str) -> None:
     pair = linear_pair()
-    x = probae.sample(pair, 24, seed=1).x
+    x = probae.sample(pair, 12, seed=1).x
     exact = probae.log_likelihood(pair, x, "exact").values
     proposal = None
     if start == "proposal":  # a poor one: N(0.5, 2.1²) whatever x is
@@ -33,9 +33,8 @@ def test_annealing_reaches_the_exact_likelihood_from_below(start: str) -> None:
             proposal.network.set_bias(torch.tensor([[0.5], [2.0]]).expand(2, Z))
     gaps = []
     for steps in (10, 40, 160):
-        ll = probae.log_likelihood(
-            pair, x, "ais", 8, proposal=proposal, annealing=Annealing(steps), seed=0
-        )
+        options = Annealing(steps, num_leapfrogs=6, num_pilot=20)
+        ll = probae.log_likelihood(pair, x, "ais", 8, proposal=proposal, annealing=options)
         gaps.append(float((exact - ll.values).mean()))
         assert ll.is_bound
         assert ll.method == "ais"
@@ -48,13 +47,14 @@ def test_annealing_reaches_the_exact_likelihood_from_below(start: str) -> None:
 
 def test_forward_and_reverse_chains_bracket_the_exact_likelihood() -> None:
     pair = linear_pair()
-    x, z = probae.sample(pair, 64, seed=1)
+    x, z = probae.sample(pair, 32, seed=1)
     exact = probae.log_likelihood(pair, x, "exact").values
     widths = []
     for steps in (20, 80):
+        options = Annealing(steps, num_leapfrogs=5, num_pilot=20)
         with frozen(pair, 0):
-            lower = anneal(pair, x, 4, Annealing(steps)).log_weights.mean(0)
-            upper = anneal(pair, x, 4, Annealing(steps), end=z).log_weights.mean(0)
+            lower = anneal(pair, x, 4, options).log_weights.mean(0)
+            upper = anneal(pair, x, 4, options, end=z).log_weights.mean(0)
         assert (lower - exact).mean() < 0 < (upper - exact).mean()
         widths.append(float((upper - lower).mean()))
     assert widths[1] < widths[0] / 2
@@ -85,7 +85,7 @@ def test_weights_are_unbiased() -> None:
         lambda: probae.StudentTPrior(1),
         lambda: probae.ExponentialPrior(1, rate=0.7),
         lambda: probae.GaussianMixturePrior(1, components=3),
-        lambda: probae.FlowPrior(2, transforms=1, hidden=(8,)),
+        lambda: probae.FlowPrior(2, transforms=1, hidden=(4,)),
     ],
     ids=["laplace", "student-t", "exponential", "mixture", "flow"],
 )
@@ -110,12 +110,12 @@ def test_every_continuous_prior_against_quadrature(prior: object) -> None:
     exact = log_joint.logsumexp(0) + k * math.log(float(axis[1] - axis[0]))
     for start in ("prior", "encoder"):
         options = Annealing(40, num_leapfrogs=5, num_pilot=15, start=start)
-        ll = probae.log_likelihood(pair, x, "ais", 100, annealing=options)
+        ll = probae.log_likelihood(pair, x, "ais", 200, annealing=options)
         # four standard errors of the estimate, and the error of quadrature; an encoder that nobody
         # trained may miss mass, then the estimate is too low
         assert (ll.values - exact < 4 * ll.std_error + 2e-3).all()
         assert (exact - ll.values < (4 * ll.std_error + 2e-3 if start == "prior" else 2)).all()
-        assert (ll.std_error < 0.3).all()
+        assert (ll.std_error < (0.1 if start == "prior" else 0.3)).all()
 
 
 def test_point_codes_and_penalties_are_measured_without_an_encoder() -> None:
@@ -123,7 +123,9 @@ def test_point_codes_and_penalties_are_measured_without_an_encoder() -> None:
     pair = probae.UndercompleteAutoencoder(6, 2, hidden=(), prior="normal")
     x = probae.sample(pair, 20, seed=1).x
     exact = probae.log_likelihood(pair, x, "exact")
-    ll = probae.log_likelihood(pair, x, "ais", 8, annealing=Annealing(100))
+    ll = probae.log_likelihood(
+        pair, x, "ais", 8, annealing=Annealing(60, num_leapfrogs=5, num_pilot=20)
+    )
     assert abs(ll.mean - exact.mean) < 0.1
     penalised = Autoencoder(
         pair.prior,
@@ -131,7 +133,9 @@ def test_point_codes_and_penalties_are_measured_without_an_encoder() -> None:
         pair.decoder,
         factor=probae.ContractivePenalty(pair.encoder, 3.0),
     )
-    again = probae.log_likelihood(penalised, x, "ais", 8, annealing=Annealing(100))
+    again = probae.log_likelihood(
+        penalised, x, "ais", 8, annealing=Annealing(60, num_leapfrogs=5, num_pilot=20)
+    )
     assert torch.equal(ll.values, again.values)
 
 
@@ -178,3 +182,40 @@ def test_what_cannot_be_annealed_is_refused() -> None:
         probae.log_likelihood(point, x, "ais", annealing=100)
     with pytest.raises(ValueError, match="prior is flat"):
         probae.log_likelihood(probae.UndercompleteAutoencoder(6, 3), x, "ais")
+
+
+def test_an_encoder_that_was_given_masks_can_be_the_start() -> None:
+    corruption = probae.Masking(0.3, known=True)
+    pair = probae.DenoisingVAE(
+        6, 2, corruption=corruption, hidden=(5,), likelihood="gaussian", prior="vamp"
+    )
+    x = torch.randn(8, 6)
+    pair.initialize(x)
+    options = Annealing(20, start="encoder")
+    assert probae.log_likelihood(pair, x, "ais", 4, annealing=options).values.isfinite().all()
+
+
+def test_weights_are_unbiased_under_other_priors_and_starts() -> None:
+    # z-tests as above, against quadrature; 6 of them, each fails by chance in 1 of 16000 seeds
+    torch.manual_seed(0)
+    decoder = probae.GaussianDecoder(probae.MLP(1, 3, (4,), "tanh"), scale=0.8)
+    x = torch.tensor([[0.4, -0.2, 0.3], [1.0, 1.0, -0.5]], dtype=torch.float64)
+    options = {"num_temperatures": 4, "num_leapfrogs": 3, "num_pilot": 5}
+    cases = [
+        (probae.LaplacePrior(1, rate=1.2), probae.GaussianEncoder, "prior"),
+        (probae.LaplacePrior(1, rate=1.2), probae.LaplaceEncoder, "encoder"),
+        (probae.ExponentialPrior(1, rate=1.2), probae.LogNormalEncoder, "prior"),
+    ]
+    for prior, encoder, start in cases:
+        pair = Autoencoder(prior, encoder(probae.MLP(3, (2, 1))), decoder).double()
+        low = 1e-9 if isinstance(prior, probae.ExponentialPrior) else -30.0
+        axis = torch.linspace(low, 30, 200_001, dtype=torch.float64)[:, None]
+        with torch.no_grad():
+            joint = pair.prior().log_prob(axis)[:, None] + pair.decoder(axis[:, None]).log_prob(x)
+        exact = joint.logsumexp(0) + math.log((30 - low) / 200_000)
+        with frozen(pair, 0):
+            log_weights = anneal(pair, x, 20_000, Annealing(start=start, **options)).log_weights
+        ratio = (log_weights - exact).exp()
+        error = (ratio.mean(0) - 1).abs() / (ratio.std(0) / math.sqrt(len(ratio)))
+        assert (error < 4).all(), (type(prior).__name__, start, error)
+        pair.float()

@@ -693,3 +693,12 @@ def test_seed_must_be_an_int() -> None:
     for seed in (None, 1.5, True):
         with pytest.raises(ValueError, match="seed must be an int"):
             binarize(torch.rand(2, 3), seed=seed)  # type: ignore[arg-type]
+
+
+def test_masks_are_not_dropped_in_silence() -> None:
+    masked = np.ma.masked_array(np.ones((3, 2)), mask=[[0, 1], [0, 0], [0, 0]])
+    with pytest.raises(ValueError, match="x must have no missing entries, got a masked array"):
+        probae.as_tensor(masked)
+    values, mask = probae.stack_missing(masked).unbind(1)
+    assert mask[0].tolist() == [1, 0]
+    assert values[0].tolist() == [1, 0]

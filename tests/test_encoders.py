@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pyro
 import pytest
 import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch import distributions as td
 from torch.nn.functional import softplus
@@ -29,9 +30,9 @@ from probae import (
     SpikeAndSlabPrior,
     SubsetPrior,
     TopKEncoder,
-    top_k,
 )
 from probae.distributions import is_point
+from probae.sparse import top_k
 
 X, Z = 5, 3
 
@@ -391,3 +392,40 @@ def test_jumprelu_and_topk_losses_are_the_published_ones() -> None:
             expected = (-(density / 0.5) * (theta * pull + rate)).sum(0)
             actual = gradient_of_thresholds(jump, loss)
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("slab_scale", [None, 0.3, 1.0, 3.0])
+def test_threshold_of_jump_relu_learns_at_the_price_of_its_prior(
+    slab_scale: float | None,
+) -> None:
+    # a uniform on [0, 2]: the mean of -log p(z) falls by the price of one entry at θ, times the
+    # density ½ there, and the kernel lies within, so that the pseudo-gradient is exact
+    theta, rate = 0.7, 0.9
+    a = torch.linspace(0, 2, 400_001, dtype=torch.float64)[:, None]
+    encoder = probae.JumpReLUEncoder(
+        nn.Identity(), 1, threshold=theta, bandwidth=0.2, rate=rate, slab_scale=slab_scale
+    ).double()
+    prior = probae.SpikeAndSlabPrior(1, rate, slab_scale=slab_scale).double()
+    code = encoder(a)
+    loss = (code.log_prob(code.mean.detach()) - prior().log_prob(code.mean)).mean()
+    (gradient,) = torch.autograd.grad(loss, encoder.log_threshold)
+    price = rate
+    if slab_scale is not None:
+        price += 0.5 * math.log(2 * math.pi * slab_scale**2) + theta**2 / (2 * slab_scale**2)
+    # to z's change within the kernel, of order its width over that of the slab
+    tolerance = 1e-4 if slab_scale is None else 0.02 * (0.2 / slab_scale) ** 2 + 1e-4
+    assert float(gradient) / theta == pytest.approx(-price / 2, abs=tolerance)
+
+
+def test_objective_that_would_leave_thresholds_untrained_is_refused() -> None:
+    pair = probae.SparseAutoencoder(6, 4, prior="spike-and-slab", slab_scale=None)
+    x = torch.randn(10, 6)
+    with pytest.raises(ValueError, match="TraceMeanField_ELBO does not look at the log-density"):
+        probae.fit(pair, x, objective=TraceMeanField_ELBO(), progress=False)
+    gradients = []
+    for objective in (Trace_ELBO(), probae.ELBO()):
+        pair.zero_grad()
+        objective.differentiable_loss(pair.model, pair.guide, x).backward()
+        gradients.append([p.grad.clone() for p in pair.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -240,3 +240,32 @@ def test_a_factor_of_the_wrong_shape_is_refused_at_construction() -> None:
             probae.GaussianDecoder(probae.MLP(Z, D)),
             factor=0.5,
         )
+
+
+def test_an_encoder_without_a_differentiable_mean_is_refused() -> None:
+    import pyro.distributions as dist
+
+    class Squashed(nn.Module):  # a density whose mean torch does not know
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, Z)
+
+        def forward(self, x: Tensor) -> object:
+            normal = dist.Normal(self.linear(x), 1.0)
+            return dist.TransformedDistribution(normal, [dist.transforms.TanhTransform()])
+
+    decoder = probae.GaussianDecoder(probae.MLP(Z, D, unit_norm=True))
+    for encoder in (Squashed(), probae.SparseCodingEncoder(decoder, 0.5)):
+        with pytest.raises(ValueError, match="encoder must have a mean in closed form"):
+            jacobian_norm(encoder, data().float())
+    with pytest.raises(ValueError, match="encoder must map x of shape"):
+        jacobian_norm(sigmoid_encoder(), torch.zeros(2, D + 1))
+
+
+def test_chunks_of_the_jacobian_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from probae import factors
+
+    encoder, x = probae.PointEncoder(probae.MLP(D, Z, (6,), "tanh")).double(), data()
+    whole = jacobian_norm(encoder, x)
+    monkeypatch.setattr(factors, "MAX_ELEMENTS", 2 * D * Z)
+    torch.testing.assert_close(jacobian_norm(encoder, x), whole, rtol=1e-12, atol=1e-12)

@@ -350,7 +350,7 @@ def test_networks_that_are_no_stack_are_refused(name: str) -> None:
         ({"x": torch.full((N, X), math.nan)}, "x must be finite"),
         ({"x": [1, 2]}, "x must be a tensor"),
         ({"corruption": 0.3}, r"corruption must be a torch\.nn\.Module or None, got float"),
-        ({"corruption": probae.BitFlip(0.1)}, "corruption does not fit the other parts"),
+        ({"corruption": probae.BitFlip(0.1)}, r"x must be in \[0, 1\] under BitFlip"),
         ({"epochs": 0}, "epochs must be an int >= 1, got 0"),
         ({"batch_size": 0}, "batch_size must be an int >= 1, got 0"),
         ({"lr": -1.0}, r"lr must be a finite number > 0, got -1\.0"),

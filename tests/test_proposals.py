@@ -135,3 +135,91 @@ def test_what_cannot_be_measured_is_refused() -> None:
         probae.fit_proposal(
             linear_point_pair(), x, encoder=probae.GaussianEncoder(probae.MLP(D, (2, Z + 1)))
         )
+
+
+class Below(nn.Module):
+    """A proposal that reaches where the prior has no density."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.distributions.Distribution:
+        import pyro.distributions as dist
+
+        loc = torch.full((*x.shape[:-1], Z), 5.0).to(x)
+        return dist.Normal(loc, self.scale).to_event(1)
+
+
+@pytest.mark.parametrize("scale", [10.0, 0.01])  # draws below 0, or none though some could be
+@pytest.mark.parametrize("method", ["elbo", "iwae", "ais"])
+def test_proposals_that_leave_the_support_of_the_prior_are_refused(
+    method: str, scale: float
+) -> None:
+    pair, x = sparse("exponential", "point"), torch.randn(4, D)
+    with pytest.raises(ValueError, match=r"proposal makes codes outside the support"):
+        probae.log_likelihood(pair, x, method, 10, proposal=Below(scale))
+    with pytest.raises(ValueError, match=r"proposal makes codes outside the support"):
+        probae.denoise(pair, x, probae.GaussianNoise(0.5), proposal=Below(scale))
+
+
+def test_proposals_with_atoms_are_refused_under_a_prior_without() -> None:
+    pair, x = sparse("laplace", "point"), torch.randn(4, D)
+    atoms = probae.SpikeAndSlabEncoder(probae.MLP(D, (3, Z)))
+    with pytest.raises(ValueError, match="proposal puts probability on codes of exactly 0"):
+        probae.log_likelihood(pair, x, "iwae", 10, proposal=atoms)
+
+
+@pytest.mark.parametrize(
+    "proposal", [nn.Linear(D, Z), nn.Linear(D + 1, Z), probae.GaussianEncoder(probae.MLP(9, 2))]
+)
+def test_what_is_no_proposal_is_named(proposal: nn.Module) -> None:
+    pair, x = linear_point_pair(), torch.randn(4, D)
+    with pytest.raises(ValueError, match="proposal"):
+        probae.log_likelihood(pair, x, "iwae", 10, proposal=proposal)
+    with pytest.raises(ValueError, match="proposal"):
+        probae.denoise(pair, x, probae.GaussianNoise(0.5), proposal=proposal)
+
+
+def test_fitting_is_reproducible_and_leaves_the_random_stream_alone() -> None:
+    pair, x = linear_point_pair(), torch.randn(50, D)
+    stream = torch.get_rng_state()
+    first, second = (probae.fit_proposal(pair, x, epochs=1, progress=False) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), stream)
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_inference_mode_is_refused_where_gradients_are_needed() -> None:
+    pair, x = linear_point_pair(), torch.randn(50, D)
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="fit needs gradients"):
+            probae.fit(pair, x, epochs=1, progress=False)
+        with pytest.raises(ValueError, match="method='ais' needs gradients"):
+            probae.log_likelihood(pair, x, "ais", 2)
+
+
+def test_asking_for_the_prior_leaves_no_trace() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(D), nn.Linear(D, 2 * Z)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.norm(nn.functional.dropout(x, 0.3, self.training))).unflatten(
+                -1, (2, Z)
+            )
+
+    encoder = probae.GaussianEncoder(Noisy())
+    pair = Autoencoder(
+        probae.VampPrior(encoder, D, 5), encoder, probae.GaussianDecoder(probae.MLP(Z, D))
+    )
+    x, stream = torch.randn(20, D), torch.get_rng_state()
+    before = copy.deepcopy(pair.state_dict())
+    probae.sample(pair, 3, seed=0)
+    probae.log_likelihood(pair, x, "iwae", 5)
+    probae.log_likelihood(pair, x, "ais", 2, annealing=probae.Annealing(3))
+    probae.denoise(pair, x, probae.GaussianNoise(0.5), num_samples=3)
+    probae.fit_proposal(pair, x, epochs=1, progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in pair.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), stream)

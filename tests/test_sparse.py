@@ -14,16 +14,15 @@ from scipy import integrate, stats
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
+import probae
 from probae import (
     ConditionalBernoulli,
     LaplacePrior,
     SpikeAndSlab,
     SpikeAndSlabPrior,
     SubsetPrior,
-    hard_threshold,
-    soft_threshold,
-    top_k,
 )
+from probae.sparse import hard_threshold, soft_threshold, top_k
 
 from .test_distributions import FALSE_ALARM, assert_frequencies
 
@@ -578,3 +577,16 @@ def test_thresholds_of_tensors_and_errors() -> None:
             top_k(z, k)
     with pytest.raises(ValueError, match=r"k must be at most the number of entries, 4, got 5"):
         top_k(z, 5)
+
+
+@pytest.mark.parametrize("positive", [False, True])
+def test_top_k_keeps_k_active_even_where_all_is_zero(positive: bool) -> None:
+    z = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    assert ((top_k(z, 2, positive) != 0).sum(1) == 2).all()
+
+
+def test_a_top_k_pair_survives_data_that_give_it_nothing() -> None:
+    pair = probae.SparseAutoencoder(8, 4, prior="subset", num_active=2)
+    x = torch.cat([torch.zeros(5, 8), torch.rand(20, 8)])
+    run = probae.fit(pair, x, epochs=1, progress=False)
+    assert run.history["loss"][0] < 1e6

@@ -262,11 +262,6 @@ class TestHardInput:
         result = lasso(x, close, rate, tolerance=1e-9, max_iterations=100_000)
         assert exact(result).isfinite().all()
         assert result.kkt.max() <= 1e-9
-        reference = Lasso(alpha=rate / 18, fit_intercept=False, tol=1e-15, max_iter=10**6)
-        for datum, code in zip(x, result.codes, strict=True):
-            theirs = torch.tensor(reference.fit(close.numpy(), datum.numpy()).coef_)
-            energies = (sparse_coding_energy(datum, h, close, rate) for h in (code, theirs))
-            assert next(energies) <= next(energies) + 1e-9
 
     def test_a_start_at_the_optimum_takes_no_iteration(self) -> None:
         x, dictionary = problem(9, 24)
@@ -286,9 +281,10 @@ class TestHardInput:
         assert not result.converged.any()
         assert (result.iterations == 5).all()
         assert (result.kkt > 1e-6).all()
-        pair = pair_of(9, 24, 1e-3, max_iterations=2)
+        decoder = GaussianDecoder(MLP(24, 9, unit_norm=True), scale=SCALE)
+        encoder = SparseCodingEncoder(decoder, 1e-3, max_iterations=2)
         with pytest.warns(UserWarning, match="did not reach the tolerance within max_iterations"):
-            pair.encoder(x[:, :9])
+            encoder(x[:, :9].float())
 
 
 class TestEncoder:

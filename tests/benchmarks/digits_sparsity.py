@@ -25,20 +25,30 @@ from torch import Tensor
 import probae
 
 POSTERIORS = ("point", "laplace", "gaussian")
+UNITS = 32  # latent dimensions
+
+
+def build(x_shape: tuple[int, ...], posterior: str, rate: float) -> probae.Autoencoder:
+    """Return a sparse autoencoder: a deep encoder, a linear decoder, a Laplace prior."""
+    parameters = (UNITS,) if posterior == "point" else (2, UNITS)
+    network = probae.MLP(x_shape, parameters, hidden=(200,))
+    encoders = {
+        "point": probae.PointEncoder,
+        "laplace": probae.LaplaceEncoder,
+        "gaussian": probae.GaussianEncoder,
+    }
+    # columns of unit length, for all three: else a point code trades the scale of z against that
+    # of the decoder, and λ means nothing
+    decoder = probae.BernoulliDecoder(probae.MLP(UNITS, x_shape, unit_norm=True))
+    return probae.Autoencoder(
+        probae.LaplacePrior(UNITS, rate), encoders[posterior](network), decoder
+    )
 
 
 def train(x: Tensor, posterior: str, rate: float, epochs: int, seed: int) -> Any:
     """Return a trained sparse autoencoder and its run."""
     torch.manual_seed(seed)
-    pair = probae.SparseAutoencoder(
-        tuple(x.shape[1:]),
-        32,
-        rate=rate,
-        posterior=posterior,
-        unit_norm=True,  # for all, so that λ means the same
-        hidden=(200,),
-        likelihood="bernoulli",
-    )
+    pair = build(tuple(x.shape[1:]), posterior, rate)
     pair.initialize(x)
     run = probae.fit(
         pair,
