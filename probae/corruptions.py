@@ -530,11 +530,12 @@ def stack_missing(x: Tensor | np.ndarray) -> Tensor:
                  [1.0000, 0.0000]]])
     """
     missing: Any = False
-    if isinstance(x, np.ndarray) and x.dtype.kind in "bf":
+    if isinstance(x, np.ndarray):
         hidden = np.ma.getmaskarray(x)  # False throughout where x is no masked array
         x = np.ma.getdata(x)
-        hidden = hidden | np.isnan(x)
-        missing, x = torch.from_numpy(hidden), np.where(hidden, x.dtype.type(0), x)
+        if x.dtype.kind in "bf":
+            hidden = hidden | np.isnan(x)
+            missing, x = torch.from_numpy(hidden), np.where(hidden, x.dtype.type(0), x)
     elif isinstance(x, Tensor):
         missing = x.isnan()
         x = torch.where(missing, 0, x)

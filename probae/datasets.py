@@ -201,8 +201,8 @@ def as_tensor(x: Any, argument: str = "x") -> Tensor:
 
     if isinstance(x, np.ma.MaskedArray):
         raise ValueError(
-            f"{argument} must have no missing entries, got a masked array; use {argument}.filled(v),"
-            " or probae.stack_missing for pairs that know of a mask"
+            f"{argument} must have no missing entries, got a masked array; use "
+            f"{argument}.filled(value), or probae.stack_missing for pairs that know of a mask"
         )
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "bf":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
+import probae
 from probae import datasets
 from probae.datasets import (
     DataSplits,

@@ -376,7 +376,7 @@ def table(result: dict[str, Any]) -> str:
             for name, shape in result["atom_shape"].items()
         ),
         f"\nPSD, {psd['batch']} patches, float64, one thread, medians of {psd['repeats']} runs in "
-        f"turn: predictor {1e3 * seconds['predictor']:.2f} ms.",
+        f"turn: affine predictor {1e3 * seconds['predictor']:.2f} ms.",
         *(
             f"{name}: {1e3 * seconds[name]:.1f} ms, {psd['speedup'][name]:.0f} times as long."
             for name in psd["speedup"]
