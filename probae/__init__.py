@@ -1,6 +1,6 @@
 """Probabilistic autoencoders as Pyro guide/model pairs."""
 
-from .annealing import Annealing
+from .annealing import Annealing, Sandwich, bdmc
 from .autoencoder import Autoencoder, Kind
 from .corruptions import (
     BitFlip,
@@ -36,7 +36,7 @@ from .encoders import (
 )
 from .factors import CodeCoupling, ContractivePenalty, jacobian_norm
 from .hashing import NoisySigmoidEncoder, ProbitEncoder, ThresholdEncoder
-from .likelihood import LogLikelihood, log_likelihood
+from .likelihood import Comparison, LogLikelihood, compare, log_likelihood
 from .metrics import dead_features, feature_density, fraction_of_variance_unexplained, l0_norm
 from .monitoring import active_units
 from .networks import MLP, ConvNet, DeconvNet, TransposedMLP, UnitNormLinear
@@ -108,6 +108,7 @@ __all__ = [
     "CategoricalEncoder",
     "CategoricalPrior",
     "CodeCoupling",
+    "Comparison",
     "ConditionalBernoulli",
     "ConditionalBernoulliEncoder",
     "ContinuousBernoulli",
@@ -152,6 +153,7 @@ __all__ = [
     "Run",
     "SaltAndPepper",
     "Samples",
+    "Sandwich",
     "SemanticHashing",
     "SparseAutoencoder",
     "SparseCodes",
@@ -170,8 +172,10 @@ __all__ = [
     "VampPrior",
     "active_units",
     "as_tensor",
+    "bdmc",
     "binarize",
     "binary_codes",
+    "compare",
     "coupling_log_normalizer",
     "dead_features",
     "denoise",

@@ -188,6 +188,80 @@ def log_likelihood(
     return LogLikelihood(values, std_error, ess, khat, method, True, samples, dimension)
 
 
+class Comparison(NamedTuple):
+    """Difference of two models on the same data, in nats per datum.
+
+    Example:
+        >>> Comparison(1.5, 0.1, 200, "exact", "exact")
+        Comparison(+1.5000 ± 0.1000 nats per datum in favour of the first, 200 data, paired)
+    """
+
+    difference: float  # mean of the first less the second
+    std_error: float  # of that mean, over the data
+    num_data: int
+    first_method: str
+    second_method: str
+
+    def __repr__(self) -> str:
+        better = "first" if self.difference >= 0 else "second"
+        bounds = {self.first_method, self.second_method} - {"exact"}
+        note = "; a difference of lower bounds, which is no bound" if bounds else ""
+        return (
+            f"Comparison({self.difference:+.4f} ± {self.std_error:.4f} nats per datum in favour of "
+            f"the {better}, {self.num_data} data, paired{note})"
+        )
+
+
+def compare(first: LogLikelihood, second: LogLikelihood) -> Comparison:
+    r"""Compare two models by their log-likelihoods of the same data, in the same order.
+
+    .. math:: \bar d = \frac1N \sum_n \big(\log p_1(x_n) - \log p_2(x_n)\big),\quad
+              se = \frac{sd(d)}{\sqrt N}
+
+    Data differ in how likely they are under any model, and the pairing takes that out: the standard
+    error is often far below those of the two means. Where a value is a lower bound, the difference
+    is one of bounds.
+
+    Args:
+        first: of one model, from :func:`log_likelihood`.
+        second: of the other, on the very same data.
+
+    Returns:
+        Comparison: difference and standard error, nats per datum.
+
+    Raises:
+        ValueError: an argument is no :class:`LogLikelihood`, or the two are not of the same data.
+
+    Example:
+        >>> import torch, probae
+        >>> x = torch.randn(50, 5)
+        >>> lls = [probae.log_likelihood(probae.PPCA(5, k), x) for k in (1, 2)]
+        >>> probae.compare(*lls).num_data
+        50
+    """
+    for argument, ll in (("first", first), ("second", second)):
+        if not isinstance(ll, LogLikelihood):
+            raise ValueError(
+                f"{argument} must be a LogLikelihood from probae.log_likelihood, got "
+                f"{type(ll).__name__}"
+            )
+    if (len(first.values), first.dimension) != (len(second.values), second.dimension):
+        raise ValueError(
+            "first and second must be of the same data, got "
+            f"{len(first.values)} data of dimension {first.dimension} and {len(second.values)} of "
+            f"dimension {second.dimension}"
+        )
+    difference = first.values.double().cpu() - second.values.double().cpu()
+    spread = float(difference.std()) if len(difference) > 1 else math.nan
+    return Comparison(
+        float(difference.mean()),
+        spread / math.sqrt(len(difference)),
+        len(difference),
+        first.method,
+        second.method,
+    )
+
+
 def _annealed(
     pair: Autoencoder,
     data: Tensor,

@@ -1,6 +1,7 @@
 """Annealed importance sampling against exact likelihoods."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -45,19 +46,66 @@ def test_annealing_reaches_the_exact_likelihood_from_below(start: str) -> None:
     assert gaps[2] < 1.0, gaps
 
 
-def test_forward_and_reverse_chains_bracket_the_exact_likelihood() -> None:
+def test_bidirectional_bounds_bracket_the_exact_likelihood_and_close() -> None:
     pair = linear_pair()
-    x, z = probae.sample(pair, 32, seed=1)
-    exact = probae.log_likelihood(pair, x, "exact").values
-    widths = []
-    for steps in (20, 80):
+    gaps = []
+    for steps in (20, 80, 500):
         options = Annealing(steps, num_leapfrogs=5, num_pilot=20)
-        with frozen(pair, 0):
-            lower = anneal(pair, x, 4, options).log_weights.mean(0)
-            upper = anneal(pair, x, 4, options, end=z).log_weights.mean(0)
-        assert (lower - exact).mean() < 0 < (upper - exact).mean()
-        widths.append(float((upper - lower).mean()))
-    assert widths[1] < widths[0] / 2
+        sandwich = probae.bdmc(pair, 32, 4, annealing=options, seed=3)
+        exact = probae.log_likelihood(pair, sandwich.x, "exact").values
+        assert (sandwich.lower - exact).mean() < 0 < (sandwich.upper - exact).mean()
+        gaps.append(sandwich.gap)
+        assert 0 < sandwich.gap_std_error < 0.5 * gaps[0]
+        assert "<= log p(x) <=" in repr(sandwich)
+        # the forward half is what log_likelihood gives, up to noise
+        ll = probae.log_likelihood(pair, sandwich.x, "ais", 4, annealing=options)
+        assert ll.mean == pytest.approx(float(sandwich.lower.mean()), abs=0.5 * gaps[0])
+    assert gaps[0] > 2 * gaps[1] > 4 * gaps[2]
+    assert gaps[2] < 1
+
+
+def test_five_hundred_temperatures_are_within_half_a_nat_of_exact() -> None:
+    pair = linear_pair()
+    x = probae.sample(pair, 8, seed=1).x
+    exact = probae.log_likelihood(pair, x, "exact")
+    ll = probae.log_likelihood(pair, x, "ais", 64)  # 500 temperatures
+    assert (ll.values - exact.values).abs().max() < 0.5
+    assert abs(ll.mean - exact.mean) < 0.1
+
+
+def test_simulation_is_reproducible_and_can_start_at_a_proposal() -> None:
+    pair = linear_pair("diagonal")
+    options = Annealing(10, num_leapfrogs=3, num_pilot=5, start="encoder")
+    first, second, other = (
+        probae.bdmc(pair, 5, 2, annealing=options, seed=seed) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first.lower, second.lower)
+    assert not torch.equal(first.x, other.x)
+    proposal = probae.GaussianEncoder(probae.MLP(D, (2, Z)))
+    assert probae.bdmc(pair, 5, 2, annealing=options, proposal=proposal).lower.shape == (5,)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pair: probae.bdmc(pair, 1), "num_data must be an int >= 2"),
+        (lambda pair: probae.bdmc(pair, 5, 0), "num_chains must be an int >= 1"),
+        (lambda pair: probae.bdmc(pair, 5, annealing=10), "annealing must be a probae.Annealing"),
+        (lambda pair: probae.bdmc(pair, 5, proposal=3), "proposal must be an encoder"),
+        (lambda pair: probae.bdmc(3, 5), "pair must be a probae.Autoencoder"),
+        (
+            lambda pair: probae.bdmc(probae.UndercompleteAutoencoder(5, 2)),
+            "nothing can be drawn from its flat prior",
+        ),
+        (
+            lambda pair: probae.bdmc(probae.SemanticHashing(5, 2, posterior="bernoulli")),
+            "needs a prior with a density",
+        ),
+    ],
+)
+def test_bad_arguments_of_the_sandwich(call: Callable[[Autoencoder], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(linear_pair())
 
 
 def test_weights_are_unbiased() -> None:

@@ -340,3 +340,32 @@ def test_pareto_k_where_there_is_no_tail() -> None:
     khat = pareto_khat(torch.cat([torch.zeros(200, 1), two_larger, impossible], 1), 4000)
     assert khat[0] == 0
     assert khat[1:].isnan().all()
+
+
+def test_comparison_is_paired() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 5) * torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0])
+    models = [probae.PPCA.maximum_likelihood(x, k) for k in (2, 1)]
+    first, second = (probae.log_likelihood(model, x) for model in models)
+    found = probae.compare(first, second)
+    difference = first.values - second.values
+    assert found.difference == pytest.approx(float(difference.mean()), rel=1e-12)
+    assert found.std_error == pytest.approx(float(difference.std()) / 200**0.5, rel=1e-12)
+    assert found.difference > 0
+    assert found.std_error < first.mean_std_error
+    assert "in favour of the first, 200 data, paired)" in repr(found)
+    swapped = probae.compare(second, first)
+    assert swapped.difference == -found.difference
+    bound = probae.log_likelihood(models[1], x, "elbo", 5)
+    assert "difference of lower bounds" in repr(probae.compare(first, bound))
+
+
+def test_comparison_of_other_data_is_refused() -> None:
+    pair = probae.PPCA(5, 2)
+    ll = probae.log_likelihood(pair, torch.randn(6, 5))
+    with pytest.raises(ValueError, match="must be of the same data, got 6 data of dimension 5"):
+        probae.compare(ll, probae.log_likelihood(pair, torch.randn(7, 5)))
+    with pytest.raises(ValueError, match="must be of the same data"):
+        probae.compare(ll, probae.log_likelihood(probae.PPCA(4, 2), torch.randn(6, 4)))
+    with pytest.raises(ValueError, match="second must be a LogLikelihood"):
+        probae.compare(ll, ll.values)
