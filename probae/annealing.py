@@ -72,7 +72,8 @@ class Annealing:
 
     def betas(self, count: int | None = None) -> Tensor:
         """Return β_0, …, β_T, in double precision; ``count`` in the place of T."""
-        fraction = torch.linspace(0, 1, (count or self.num_temperatures) + 1, dtype=torch.float64)
+        steps = require_count(self.num_temperatures if count is None else count, "count")
+        fraction = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         if self.schedule == "linear":
             return fraction
         logistic = torch.sigmoid(8 * fraction - 4)

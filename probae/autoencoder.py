@@ -147,6 +147,7 @@ class Autoencoder(Part, PyroModule):
         dry = self._dry_run()
         self.z_shape = tuple(dry["prior"].event_shape)
         self.x_shape = tuple(dry["decoder"].event_shape)
+        self._shared = self._sharing()
 
     def model(self, x: Tensor) -> Tensor:
         """Pyro program p(z) p(x|z) with ``x`` of shape (N, *x_shape) observed; returns z.
@@ -186,6 +187,12 @@ class Autoencoder(Part, PyroModule):
             raise ValueError(
                 f"parts must keep x_shape {self.x_shape} and z_shape {self.z_shape}, got "
                 f"{shapes[0]} and {shapes[1]}; build a new pair for other shapes"
+            )
+        for one, other in sorted(self._shared - self._sharing()):
+            raise ValueError(
+                f"{one} and {other} shared parameters when the pair was built, and one of them was "
+                f"replaced alone, so that {other} still uses the old {one}, or the other way "
+                "round; replace both, or build a new pair"
             )
         point, masked = is_point(dry["encoder"]), is_flat(dry["encoder"])
         if self.factor is not None:
@@ -263,6 +270,15 @@ class Autoencoder(Part, PyroModule):
             if name in store and store[name].unconstrained() is not parameter:
                 del store[name]
             pyro.param(name, parameter)
+
+    def _sharing(self) -> set[tuple[str, str]]:
+        """Return the pairs of parts that share parameters."""
+        owned = {
+            name: {id(p) for p in part.parameters()}
+            for name in ("prior", "encoder", "decoder", "corruption", "factor")
+            if (part := getattr(self, name)) is not None
+        }
+        return {(a, b) for a, b in itertools.combinations(owned, 2) if owned[a] & owned[b]}
 
     def _any_tensor(self) -> Tensor:
         for tensor in itertools.chain(self.parameters(), self.buffers()):
@@ -391,7 +407,9 @@ def _draw(
     call: str, part: nn.Module, *args: Tensor, sample_shape: tuple[int, ...] = ()
 ) -> tuple[Any, Tensor]:
     """Call a part, check that it returns a distribution, and draw from that."""
-    given = f"{call[-2]} of shape {tuple(args[0].shape)}" if args else "no argument"
+    names = call[call.index("(") + 1 : -1].split(", ")
+    shapes = [f"{n} of shape {tuple(x.shape)}" for n, x in zip(names, args, strict=bool(args))]
+    given = ", ".join(shapes) or "no argument"
     with _naming(call.split("(")[0], given):
         distribution = part(*args)
     if not isinstance(distribution, torch.distributions.Distribution):

@@ -154,8 +154,13 @@ class CodeCoupling(Part):
 
     def forward(self, x: Tensor, z: Tensor) -> dist.Unit:
         """Return the log-factor of each datum, batch shape that of z without its last dimension."""
-        view = dist.Normal(z, self.scale).to_event(1)
-        return dist.Unit(view.log_prob(mean_of(self.predictor(x))))
+        prediction = mean_of(self.predictor(x))
+        if prediction.shape[-1] != z.shape[-1]:
+            raise ValueError(
+                f"predictor must have codes of {z.shape[-1]} dimensions, as the pair, got "
+                f"{prediction.shape[-1]}"
+            )
+        return dist.Unit(dist.Normal(z, self.scale).to_event(1).log_prob(prediction))
 
 
 def _hutchinson(encoder: nn.Module, x: Tensor, num_probes: int) -> Tensor:

@@ -162,6 +162,9 @@ def log_likelihood(
             values = closed_form(data)
         zero = torch.zeros_like(values)
         return LogLikelihood(values, zero, None, None, "exact", False, 0, dimension)
+    if proposal is not None:
+        zeros = torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype)
+        require_density(pair, proposal, zeros, "proposal")
     if method != "ais" and annealing is not None:
         raise ValueError(f"annealing goes with method='ais', got method={method!r}")
     if method == "ais":
@@ -278,8 +281,6 @@ def _annealed(
             f"annealing must be a probae.Annealing, got {type(annealing).__name__}; for instance "
             "probae.Annealing(num_temperatures=1000)"
         )
-    if proposal is not None:
-        _programs(pair, "ais", proposal)  # refuses one that does not fit
     rows = max(1, CHUNK_BYTES // (data.element_size() * _widest(pair) * num_chains))
     thawed = nn.Module() if proposal is None else proposal
     columns: list[list[Tensor]] = []
@@ -376,8 +377,6 @@ def _programs(
             z = pyro.sample("z", pair.prior())
             pyro.sample("x", pair.decoder(z), obs=x)
 
-    zeros = torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype)
-    require_density(pair, proposal, zeros, "proposal")
     return generate, propose
 
 

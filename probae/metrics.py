@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .part import as_number
+
 
 def l0_norm(z: Tensor) -> Tensor:
     r"""Mean number of active entries of a code, :math:`\frac1N \sum_n \|z_n\|_0`.
@@ -63,7 +65,7 @@ def dead_features(z: Tensor, threshold: float = 0.0) -> Tensor:
         >>> dead_features(torch.tensor([[0.0, 2.0, 0.0], [1.0, -1.0, 0.0]]))
         tensor([False, False,  True])
     """
-    if not 0 <= threshold < 1:
+    if not 0 <= as_number(threshold) < 1:
         raise ValueError(f"threshold must be a share in [0, 1), got {threshold!r}")
     return feature_density(z) <= threshold
 
@@ -115,6 +117,8 @@ def _active(z: Tensor) -> Tensor:
             f"z must be a tensor of codes of shape (N, K), not empty, got {_describe(z)}; flatten "
             "other batch dimensions with z.flatten(0, -2)"
         )
+    if not z.isfinite().all():
+        raise ValueError(f"z must be finite, got {int((~z.isfinite()).sum())} values that are not")
     return (z != 0).to(torch.promote_types(z.dtype, torch.float32))
 
 

@@ -103,6 +103,8 @@ def pretrain(
     except ValueError:  # a layer's activations may not suit what the data do
         pair.load_state_dict(before)
         raise
+    finally:
+        pair.zero_grad(set_to_none=True)
     return runs
 
 

@@ -3,7 +3,7 @@
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyro
 import pytest
@@ -12,6 +12,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 import probae
+from probae import Autoencoder
 from probae.autoencoder import frozen, local_parameters
 
 
@@ -130,6 +131,7 @@ def settings():
 torch.manual_seed(0)
 before = settings()
 import probae
+from probae import Autoencoder
 assert settings() == before, (before, settings())
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
@@ -163,3 +165,26 @@ def test_pyro_samplers_run_on_the_model() -> None:
     posterior = pair.encoder(x)
     error = (draws.mean(0) - posterior.mean[0]).abs() / posterior.variance[0].sqrt()
     assert (error < 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "part", "other"),
+    [
+        (lambda: probae.ContractiveAutoencoder(6, 3, tied=False), "encoder", "factor"),
+        (lambda: probae.PredictiveSparseDecomposition(6, 3), "decoder", "encoder"),
+        (lambda: probae.PPCA(6, 3), "decoder", "encoder"),
+    ],
+)
+def test_a_part_that_others_use_is_not_replaced_alone(
+    build: Callable[[], Autoencoder], part: str, other: str
+) -> None:
+    pair, fresh = build(), build()
+    copy.deepcopy(pair).kind  # noqa: B018
+    setattr(pair, part, getattr(fresh, part))
+    with pytest.raises(ValueError, match="shared parameters when the pair was built"):
+        pair.kind  # noqa: B018
+    with pytest.raises(ValueError, match="shared parameters when the pair was built"):
+        probae.fit(pair, torch.randn(10, 6), epochs=1, progress=False)
+    setattr(pair, other, getattr(fresh, other))
+    if not isinstance(pair, probae.PredictiveSparseDecomposition):
+        assert pair.kind is fresh.kind

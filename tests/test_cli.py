@@ -670,3 +670,15 @@ def test_bad_options_of_the_family(
     assert cli.main(["fit", *arguments, "--data", "digits", "--out", str(out)]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_point_code_is_measured_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "run")
+    options = ["--data", "digits", "--epochs", "1", "--z-dim", "2", "--out", run, "--quiet"]
+    assert cli.main(["fit", "sparse", *options]) == 0
+    assert cli.main(["evaluate", run, "--limit", "3"]) == 2
+    assert "use method='ais'" in capsys.readouterr().err
+    assert cli.main(["evaluate", run, "--limit", "3", "--method", "ais", "-k", "2"]) == 0
+    assert "lower bound" in capsys.readouterr().out

@@ -269,3 +269,14 @@ def test_chunks_of_the_jacobian_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     whole = jacobian_norm(encoder, x)
     monkeypatch.setattr(factors, "MAX_ELEMENTS", 2 * D * Z)
     torch.testing.assert_close(jacobian_norm(encoder, x), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_a_predictor_of_another_width_is_refused() -> None:
+    encoder, predictor = sigmoid_encoder(), probae.PointEncoder(probae.MLP(D, 1))
+    with pytest.raises(ValueError, match="predictor must have codes of 3 dimensions"):
+        Autoencoder(
+            probae.FlatPrior(Z),
+            encoder,
+            probae.GaussianDecoder(probae.MLP(Z, D)),
+            factor=probae.CodeCoupling(predictor, 0.5),
+        )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import probae
 from probae import dead_features, feature_density, fraction_of_variance_unexplained, l0_norm
 
 
@@ -84,3 +85,12 @@ def test_metrics_refuse_what_has_no_value(codes: Tensor) -> None:
     for constant in (torch.full((4, 3), 0.1), x[:1], x[:0]):
         with pytest.raises(ValueError, match=r"x must hold at least two different data"):
             fraction_of_variance_unexplained(constant, constant)
+
+
+def test_codes_that_are_not_finite_count_as_nothing() -> None:
+    z = torch.tensor([[0.0, float("nan")]])
+    for measure in (probae.l0_norm, probae.feature_density, probae.dead_features):
+        with pytest.raises(ValueError, match="z must be finite, got 1 values that are not"):
+            measure(z)
+    with pytest.raises(ValueError, match="threshold must be a share"):
+        probae.dead_features(torch.ones(2, 2), "a")
