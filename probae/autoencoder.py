@@ -66,7 +66,8 @@ _STATEMENTS = {
     Kind.DISCRETE_POINT: "-loss = log p(x, z) <= log p(x), a lower bound because z is discrete",
     Kind.MAP_JOINT: "-loss = log p(x, f(x)), a joint density that bounds log p(x) in neither "
     "direction and moves with the units of z",
-    Kind.CONDITIONAL: "-loss = log p(x | x_tilde), which says nothing about log p(x)",
+    Kind.CONDITIONAL: "-loss = log p(x | x_tilde), or given a noisy code of x, in expectation; it "
+    "says nothing about log p(x)",
     Kind.RECONSTRUCTION: "-loss = log p(x | z = f(x)), a reconstruction score; without a proper "
     "prior there is no p(x)",
     Kind.ENERGY: "the loss holds an unnormalised factor and says nothing about log p(x)",
