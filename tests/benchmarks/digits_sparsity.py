@@ -26,6 +26,13 @@ import probae
 
 POSTERIORS = ("point", "laplace", "gaussian")
 UNITS = 32  # latent dimensions
+TRAINING: dict[str, Any] = {  # of pairs and of proposals alike
+    "batch_size": 50,
+    "lr": 2e-3,
+    "schedule": "cosine",
+    "binarize": True,
+    "progress": False,
+}
 
 
 def build(x_shape: tuple[int, ...], posterior: str, rate: float) -> probae.Autoencoder:
@@ -50,34 +57,14 @@ def train(x: Tensor, posterior: str, rate: float, epochs: int, seed: int) -> Any
     torch.manual_seed(seed)
     pair = build(tuple(x.shape[1:]), posterior, rate)
     pair.initialize(x)
-    run = probae.fit(
-        pair,
-        x,
-        epochs=epochs,
-        batch_size=50,
-        lr=2e-3,
-        schedule="cosine",
-        binarize=True,
-        seed=seed,
-        progress=False,
-    )
+    run = probae.fit(pair, x, epochs=epochs, seed=seed, **TRAINING)
     return pair, run
 
 
 def fitted(pair: Any, x: Tensor, test: Tensor, epochs: int, num_samples: int, seed: int) -> Any:
     """Return the importance-weighted bound on log p(test) under a proposal fitted to ``x``."""
     torch.manual_seed(seed)
-    proposal = probae.fit_proposal(
-        pair,
-        x,
-        epochs=epochs,
-        batch_size=50,
-        lr=2e-3,
-        schedule="cosine",
-        binarize=True,
-        seed=seed,
-        progress=False,
-    )
+    proposal = probae.fit_proposal(pair, x, epochs=epochs, seed=seed, **TRAINING)
     return probae.log_likelihood(pair, test, "iwae", num_samples, proposal=proposal)
 
 
