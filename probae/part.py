@@ -5,12 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Sequence, Sized
+from contextvars import ContextVar
 from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
 
 Shape = int | Sequence[int]
+
+# whether operations are being recorded as a graph, so that no value can be looked at
+RECORDING: ContextVar[bool] = ContextVar("probae_recording", default=False)
 
 
 class Part(nn.Module):

@@ -1,0 +1,512 @@
+"""One SVI step as one compiled graph: what :func:`probae.fit` computes eagerly, only faster.
+
+The graph holds the gather of the batch, the objective on the real Pyro programs, the gradients and
+Adam's update. :func:`make_fx` records the tensor operations while the programs run once, so that
+Pyro's handlers are gone from then on; Inductor makes machine code of the record. What changes from
+step to step (learning rate, weight of the KL, Adam's bias corrections) is a tensor that the graph
+reads. Whatever the record does not show would be a constant, silently; so each new graph is first
+compared with eager steps, on two batches and at two epochs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+import statistics
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyro
+import torch
+from pyro.infer import trace_elbo, trace_mean_field_elbo
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .autoencoder import Autoencoder
+from .checks import TrainingData, chunks
+from .corruptions import Corruption
+from .objectives import ELBO, PerDatumObjective
+from .part import RECORDING
+
+WATCHED = 10  # eager steps whose time is taken before compile="auto" decides
+WORTH = 30.0  # seconds that the rest of a run must take eagerly for "auto" to compile
+MOMENTS = ("exp_avg", "exp_avg_sq")  # in the state of torch's Adam
+INDUCTOR = {
+    "fallback_random": True,  # torch's own random stream, as in eager steps
+    "memory_planning": True,  # one block of memory a step, which malloc keeps
+    "memory_pool": "combined",
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
+
+
+class CannotCompile(RuntimeError):
+    """Why a step cannot be compiled, in words that follow "because"."""
+
+
+def require_mode(compile: Any) -> None:
+    """Raise a ValueError unless the argument is True, False or "auto"."""
+    if not isinstance(compile, bool) and compile != "auto":
+        raise ValueError(f"compile must be True, False or 'auto', got {compile!r}")
+
+
+class Accelerator:
+    """Takes the steps that it can take as one compiled graph, and leaves the others to the caller.
+
+    The first step is always the caller's (it runs under Pyro's checks and makes the optimizer's
+    state); so are a batch of another size, such as the last of an epoch, and a step whose loss is
+    not finite. Both kinds of step work on the same tensors.
+
+    Args:
+        mode: True, False, or ``"auto"``: compile if, after some eager steps, the remaining ones
+            are expected to take longer than ``WORTH`` seconds.
+        make: makes the compiled step, once it is due.
+        batch_size: number of data of the steps to compile.
+        steps: number of steps of the whole run.
+    """
+
+    def __init__(
+        self, mode: bool | str, make: Callable[[], CompiledStep], batch_size: int, steps: int
+    ) -> None:
+        self.mode, self.make, self.batch_size, self.steps = mode, make, batch_size, steps
+        self.began: list[float] = []  # when the first steps did
+        self.compiled: CompiledStep | None = None
+        self.seconds = 0.0  # spent on compiling
+        self.eager_because = "compile=False" if mode is False else "the run is too short"
+
+    def step(self, source: Tensor) -> float | None:
+        """Take a step and return its loss, summed over data, or None: it is the caller's to take.
+
+        ``source`` holds the places of the data of the batch, or, of a Dataset, the batch.
+        """
+        whole = len(source) == self.batch_size
+        if self.compiled is None and self.mode is not False and self._is_due() and whole:
+            self._compile(source)
+        if self.compiled is None:
+            return None
+        if whole:
+            return self.compiled.step(source)
+        self.compiled.leave()
+        return None
+
+    def _is_due(self) -> bool:
+        self.began.append(time.perf_counter())
+        if self.mode is True:
+            return len(self.began) > 1
+        if len(self.began) <= WATCHED:
+            return False
+        times = self.began[1 : WATCHED + 1]
+        each = statistics.median(b - a for a, b in itertools.pairwise(times))
+        if each * (self.steps - WATCHED) < WORTH:
+            self.mode = False
+        return self.mode is not False
+
+    def _compile(self, source: Tensor) -> None:
+        start = time.perf_counter()
+        try:
+            compiled = self.make()
+            compiled.compile(source)
+        except CannotCompile as error:
+            if self.mode is True:
+                raise
+            self.mode, self.eager_because = False, str(error)
+            warnings.warn(
+                f"fit takes its steps eagerly, and so more slowly, because {error}; with "
+                "compile=False it does not try",
+                stacklevel=4,
+            )
+        else:
+            self.compiled, self.eager_because = compiled, ""
+        finally:
+            self.seconds = time.perf_counter() - start
+
+
+class CompiledStep:
+    """One SVI step of a pair as one graph, on the tensors of the pair and of its optimizer.
+
+    With Adam and AdamW the graph makes the update, too; any other optimizer gets the gradients.
+    Make it after a first eager step, which tells what parameters have gradients, and use it where
+    ``fit`` takes its steps: gradients on, parameters local.
+    """
+
+    def __init__(
+        self,
+        pair: Autoencoder,
+        objective: Any,
+        data: TrainingData,
+        optim: torch.optim.Optimizer,
+        clip_norm: float | None,
+    ) -> None:
+        self.pair, self.objective, self.data, self.optim = pair, objective, data, optim
+        self.clip_norm = clip_norm
+        groups = {id(p): k for k, g in enumerate(optim.param_groups) for p in g["params"]}
+        # the optimizer leaves a parameter without a gradient alone
+        trained = {
+            name: p for name, p in pair.named_parameters() if id(p) in groups and p.grad is not None
+        }
+        tensors = dict([*pair.named_parameters(), *pair.named_buffers()])
+        others = {name: tensor for name, tensor in tensors.items() if name not in trained}
+        self.names, self.other_names = list(trained), list(others)  # others: buffers, mostly
+        self.parameters = list(trained.values())
+        self.groups = [groups[id(p)] for p in self.parameters]
+        self.ids = [id(tensor) for tensor in (*trained.values(), *others.values())]
+        self.others = [tensor.detach() for tensor in others.values()]
+        self.adam = _is_plain_adam(optim, self.parameters)
+        moments = [optim.state[p][m] for m in MOMENTS for p in self.parameters if self.adam]
+        self.state = [*(p.detach() for p in self.parameters), *self.others, *moments]
+        self.optim_steps = int(optim.state[self.parameters[0]]["step"]) if self.adam else 0
+        self.own_steps = 0  # since the optimizer counted one
+
+    def compile(self, source: Tensor) -> None:
+        """Make the graph for batches of this size, and compare it with eager steps.
+
+        Raises:
+            CannotCompile: a program branches on values; there is no compiler; results differ.
+        """
+        random_state = torch.get_rng_state()
+        if self._gathers and not self.data.binarize:
+            for rows, _ in chunks(self.data.tensor):
+                self._check_domain(rows)
+        state = [tensor.clone() for tensor in self.state]  # recording a step takes it
+        inputs = [*self._drawn_from(source), self._numbers(), *state]
+        try:
+            with pyro.validation_enabled(False):
+                self.run = _machine_code(_record(self._computed, inputs), inputs)
+                self._compare(source)
+                other = (source + 1) % len(self.data) if self._gathers else source.flip(0)
+                with _at_the_end(self.objective):
+                    self._compare(other)
+        finally:
+            torch.set_rng_state(random_state)
+
+    def step(self, source: Tensor) -> float | None:
+        """Take a step and return the loss; None where it is not finite, and all is as before."""
+        random_state = torch.get_rng_state()
+        self.own_steps += 1
+        with float32_products(self.pair.device):
+            loss, *gradients = self.run(*self._drawn_from(source), self._numbers(), *self.state)
+        value = float(loss)
+        if not math.isfinite(value):
+            self.own_steps -= 1
+            torch.set_rng_state(random_state)
+            self.leave()
+            return None
+        if not self.adam:
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self.optim.step()
+        return value
+
+    def leave(self) -> None:
+        """Tell the optimizer how many steps there were: the next one is its own."""
+        if self.adam:
+            for parameter in self.parameters:
+                self.optim.state[parameter]["step"] += self.own_steps
+            self.optim_steps += self.own_steps + 1
+            self.own_steps = 0
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether the graph gathers the batch; that of a Dataset is made outside."""
+        return self.data.dataset is None
+
+    def _check_domain(self, x: Tensor) -> None:
+        """Refuse data that the corruption does not take; the graph does not look."""
+        if isinstance(self.pair.corruption, Corruption):
+            self.pair.corruption(x)
+
+    def _drawn_from(self, source: Tensor) -> list[Tensor]:
+        if self._gathers:
+            return [self.data.tensor, source]
+        self._check_domain(source)
+        return [source]
+
+    def _numbers(self, **replaced: Any) -> Tensor:
+        """Return all that may change from step to step, in the order that `_computed` expects."""
+        t = self.optim_steps + self.own_steps
+        numbers = [float(getattr(self.objective, "beta", 1.0)), self.clip_norm or math.inf]
+        for group in self.optim.param_groups if self.adam else ():
+            (beta1, beta2), lr = replaced.get("betas", group["betas"]), float(group["lr"])
+            correction1, correction2 = 1 - beta1**t, math.sqrt(1 - beta2**t)
+            decay = replaced.get("weight_decay", group["weight_decay"])
+            numbers += [lr, lr / correction1, correction2, 1 - beta1, 1 - beta2]
+            numbers += [group["eps"], decay]
+        return torch.tensor(numbers, dtype=torch.float64, device=self.pair.device)
+
+    def _computed(self, *inputs: Tensor) -> list[Tensor]:
+        """Take a step as a function of tensors, which is what the graph holds."""
+        if self._gathers:
+            (x, index), inputs = inputs[:2], inputs[2:]
+            batch = torch.bernoulli(x[index]) if self.data.binarize else x[index]
+        else:
+            batch, inputs = inputs[0], inputs[1:]
+        numbers, state, n = inputs[0], inputs[1:], len(self.parameters)
+        parameters, others = state[:n], state[n : n + len(self.others)]
+        m, v = state[n + len(others) :][:n], state[n + len(others) :][n:]
+
+        leaves = [p.detach().requires_grad_() for p in parameters]
+        used = [tensor.clone() for tensor in others]
+        tensors = dict(zip(self.ids, (*leaves, *used), strict=True))
+        objective = _with_weight(self.objective, numbers[0].to(batch.dtype))
+        with _swapped(self.pair, tensors):
+            loss = objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
+        gradients = list(torch.autograd.grad(loss / len(batch), leaves))
+        loss = loss.detach()
+        if self.clip_norm is not None:
+            gradients = _clipped(gradients, numbers[1])
+
+        def update(tensor: Tensor, value: Tensor) -> None:
+            tensor.copy_(torch.where(loss.isfinite(), value, tensor))
+
+        for tensor, value in zip(others, used, strict=True):
+            if value._version > 0:  # the statistics of a batch norm, say
+                update(tensor, value)
+        if not self.adam:
+            return [loss, *gradients]
+        per_group = numbers[2:].unflatten(0, (len(self.optim.param_groups), -1))
+        for k, p in enumerate(parameters):
+            decoupled = _is_decoupled(self.optim, self.groups[k])
+            new = _adam(p, gradients[k], m[k], v[k], per_group[self.groups[k]], decoupled)
+            for tensor, value in zip((p, m[k], v[k]), new, strict=True):
+                update(tensor, value)
+        return [loss]
+
+    def _compare(self, source: Tensor) -> None:
+        """Compare loss, gradients and buffers with those of an eager step that starts the same."""
+        random_state, n = torch.get_rng_state(), len(self.parameters)
+        state = [tensor.clone() for tensor in self.state]
+        for moment in state[n + len(self.others) :]:
+            moment.zero_()
+        # then the first moments become the gradients
+        numbers = self._numbers(betas=(0.0, 0.0), weight_decay=0.0)
+        with float32_products(self.pair.device):
+            loss, *gradients = self.run(*self._drawn_from(source), numbers, *state)
+        if self.adam:
+            gradients = state[n + len(self.others) :][:n]
+        others = state[n : n + len(self.others)]
+
+        torch.set_rng_state(random_state)
+        before = [tensor.clone() for tensor in self.others]
+        batch = self.data.batch(source) if self._gathers else source
+        expected = self.objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
+        expected_gradients = list(torch.autograd.grad(expected / len(batch), self.parameters))
+        if self.clip_norm is not None:
+            expected_gradients = _clipped(expected_gradients, torch.tensor(self.clip_norm))
+        after = [tensor.clone() for tensor in self.others]
+        for tensor, value in zip(self.others, before, strict=True):
+            tensor.copy_(value)
+
+        for what, values, references in (
+            ("loss", [loss], [expected.detach()]),
+            ("gradient", gradients, expected_gradients),
+            ("buffer", others, after),
+        ):
+            names = {"gradient": self.names, "buffer": self.other_names}.get(what, [""])
+            for name, value, reference in zip(names, values, references, strict=True):
+                if not _close(value, reference):
+                    raise CannotCompile(
+                        f"the compiled step gives another {what} {name} than "
+                        "the eager one: something that changes from step to step is no tensor, or "
+                        "random numbers come in another order"
+                    )
+
+
+@contextlib.contextmanager
+def _swapped(module: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let a module use other parameters and buffers, given by the id of those that it has.
+
+    Unlike :func:`torch.func.functional_call` this leaves a module that has two names as it was.
+    """
+    owners = [owner for m in module.modules() for owner in (m._parameters, m._buffers)]
+    places: list[tuple[dict[str, Any], str, Any]] = [
+        (owner, name, tensor)
+        for owner in owners
+        for name, tensor in owner.items()
+        if id(tensor) in tensors
+    ]
+    try:
+        for owner, name, tensor in places:
+            owner[name] = tensors[id(tensor)]
+        yield
+    finally:
+        for owner, name, tensor in places:
+            owner[name] = tensor
+
+
+def _with_weight(objective: Any, beta: Tensor) -> Any:
+    """Return the objective with a tensor as the weight of the KL, where it has one."""
+    if not isinstance(objective, ELBO):
+        return objective
+    objective = copy.copy(objective)
+    objective.schedule, objective.constant_beta = None, beta
+    return objective
+
+
+def _adam(
+    p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, numbers: Tensor, decoupled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return parameter and moments after a step of Adam, or AdamW where decay is decoupled."""
+    lr, step_size, correction, rate1, rate2, eps, decay = numbers.to(p.dtype).unbind()
+    if decoupled:
+        p = p - lr * decay * p
+    else:
+        gradient = gradient + decay * p
+    m = _flushed(m + rate1 * (gradient - m))
+    v = _flushed(v + rate2 * (gradient.square() - v))
+    return p - step_size * m / (v.sqrt() / correction + eps), m, v
+
+
+def _flushed(moment: Tensor) -> Tensor:
+    """Return the tensor without denormals, which are slow, and which moments at rest end in."""
+    return torch.where(moment.abs() < torch.finfo(moment.dtype).tiny, 0.0, moment)
+
+
+def _clipped(gradients: list[Tensor], max_norm: Tensor) -> list[Tensor]:
+    """Return gradients clipped as by :func:`torch.nn.utils.clip_grad_norm_`."""
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return [gradient * factor.to(gradient.dtype) for gradient in gradients]
+
+
+def _is_plain_adam(optim: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> bool:
+    """Whether the graph can make the optimizer's update, from the state the optimizer has."""
+    unusual = ("amsgrad", "maximize", "differentiable", "capturable")
+    return (
+        type(optim) in (torch.optim.Adam, torch.optim.AdamW)
+        and not any(group.get(name) for group in optim.param_groups for name in unusual)
+        and not optim._optimizer_step_pre_hooks
+        and not optim._optimizer_step_post_hooks
+        and all(set(MOMENTS) < set(optim.state[p]) for p in parameters)
+        and len({float(optim.state[p]["step"]) for p in parameters}) == 1
+    )
+
+
+def _is_decoupled(optim: torch.optim.Optimizer, group: int) -> bool:
+    default = isinstance(optim, torch.optim.AdamW)
+    return bool(optim.param_groups[group].get("decoupled_weight_decay", default))
+
+
+def _close(value: Tensor, expected: Tensor) -> bool:
+    """Whether tensors agree up to the rounding of a long sum."""
+    tolerance = 1e-3 if expected.dtype.itemsize < 8 else 1e-6
+    value, expected = value.double(), expected.double()
+    return bool(torch.dist(value, expected) <= tolerance * (expected.norm() + 1e-3))
+
+
+@contextlib.contextmanager
+def _values_unseen() -> Iterator[None]:
+    """Run programs without what looks at values: checks, and losses made Python numbers."""
+    token = RECORDING.set(True)
+    try:
+        with contextlib.ExitStack() as stack:
+            for module in (trace_elbo, trace_mean_field_elbo):
+                stack.enter_context(mock.patch.object(module, "torch_item", _detached))
+                stack.enter_context(mock.patch.object(module, "warn_if_nan"))
+            stack.enter_context(mock.patch.object(nn.functional, "one_hot", _one_hot))
+            yield
+    finally:
+        RECORDING.reset(token)
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _one_hot(index: Tensor, num_classes: int) -> Tensor:
+    classes = torch.arange(num_classes, device=index.device)
+    return (index.unsqueeze(-1) == classes).to(index.dtype)
+
+
+@contextlib.contextmanager
+def _at_the_end(objective: Any) -> Iterator[None]:
+    """Set the schedules of an objective to the end of training."""
+    if not isinstance(objective, PerDatumObjective):
+        yield
+        return
+    epoch, objective.epoch = objective.epoch, math.inf
+    try:
+        yield
+    finally:
+        objective.epoch = epoch
+
+
+def _record(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> torch.fx.GraphModule:
+    """Return the tensor operations of a function."""
+    try:
+        with _values_unseen():
+            return make_fx(function, tracing_mode="real")(*inputs)
+    except Exception as error:
+        if "get value out of a tracing tensor" not in str(error):
+            raise CannotCompile(
+                f"it cannot be recorded: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+        raise CannotCompile(
+            f"it branches on the value of a tensor{_place(error)}, which a graph cannot"
+        ) from error
+
+
+def _machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """Compile recorded operations for inputs of these shapes."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    try:
+        with torch._inductor.config.patch(INDUCTOR):
+            decompositions = dict(select_decomp_table())
+            # as rand() < p it would draw other numbers than in eager steps
+            decompositions.pop(torch.ops.aten.bernoulli.default, None)
+            compiled: Any = compile_fx(graph, inputs, decompositions=decompositions)
+            return compiled
+    except Exception as error:
+        raise CannotCompile(
+            f"Inductor failed with {type(error).__name__}: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def _place(error: BaseException) -> str:
+    """Name the innermost line of an error that is neither torch's nor Pyro's."""
+    libraries = [Path(module.__file__ or "").parent for module in (torch, pyro)]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not any(Path(frame.filename).is_relative_to(library) for library in libraries):
+            return f" ({Path(frame.filename).name}, line {frame.lineno})"
+    return ""
+
+
+@contextlib.contextmanager
+def float32_products(device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices by oneDNN inside, where that is as exact as by torch's default."""
+    before = torch.get_float32_matmul_precision()
+    if device.type != "cpu" or before != "highest" or not _onednn_keeps_float32():
+        yield
+        return
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@cache
+def _onednn_keeps_float32() -> bool:
+    """Whether precision "medium" still multiplies in float32, as it does on chips without AMX."""
+    a, b = torch.linspace(-1, 1, 512 * 512).cos().reshape(2, 512, 256)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        product = a @ b.T
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = a.double() @ b.double().T
+    return bool((product - exact).norm() < 1e-5 * exact.norm())  # bfloat16: about 1e-3
