@@ -146,7 +146,7 @@ class CompiledStep:
         clip_norm: float | None,
     ) -> None:
         self.pair, self.objective, self.data, self.optim = pair, objective, data, optim
-        self.clip_norm = clip_norm
+        self.clip_norm, self.device = clip_norm, pair.device
         groups = {id(p): k for k, g in enumerate(optim.param_groups) for p in g["params"]}
         # the optimizer leaves a parameter without a gradient alone
         trained = {
@@ -162,8 +162,7 @@ class CompiledStep:
         self.adam = _is_plain_adam(optim, self.parameters)
         moments = [optim.state[p][m] for m in MOMENTS for p in self.parameters if self.adam]
         self.state = [*(p.detach() for p in self.parameters), *self.others, *moments]
-        self.optim_steps = int(optim.state[self.parameters[0]]["step"]) if self.adam else 0
-        self.own_steps = 0  # since the optimizer counted one
+        self.own_steps = 0  # of which the optimizer does not know
 
     def compile(self, source: Tensor) -> None:
         """Make the graph for batches of this size, and compare it with eager steps.
@@ -177,13 +176,21 @@ class CompiledStep:
                 self._check_domain(rows)
         state = [tensor.clone() for tensor in self.state]  # recording a step takes it
         inputs = [*self._drawn_from(source), self._numbers(), *state]
+        another = (source + 1) % len(self.data) if self._gathers else source.flip(0)
         try:
             with pyro.validation_enabled(False):
+                first = self._eagerly(source)
+                self.written = [  # the statistics of a batch norm, say
+                    not torch.equal(first[name], tensor)
+                    for name, tensor in zip(self.other_names, self.others, strict=True)
+                ]
                 self.run = _machine_code(_record(self._computed, inputs), inputs)
-                self._compare(source)
-                other = (source + 1) % len(self.data) if self._gathers else source.flip(0)
+                torch.set_rng_state(random_state)
+                _require_equal(self._compiled(source), first)
+                torch.set_rng_state(random_state)
                 with _at_the_end(self.objective):
-                    self._compare(other)
+                    second = self._eagerly(another)
+                    _require_equal(self._compiled(another), second)
         finally:
             torch.set_rng_state(random_state)
 
@@ -191,7 +198,7 @@ class CompiledStep:
         """Take a step and return the loss; None where it is not finite, and all is as before."""
         random_state = torch.get_rng_state()
         self.own_steps += 1
-        with float32_products(self.pair.device):
+        with float32_products(self.device):
             loss, *gradients = self.run(*self._drawn_from(source), self._numbers(), *self.state)
         value = float(loss)
         if not math.isfinite(value):
@@ -206,12 +213,11 @@ class CompiledStep:
         return value
 
     def leave(self) -> None:
-        """Tell the optimizer how many steps there were: the next one is its own."""
+        """Tell the optimizer how many steps there were, before it takes one of its own."""
         if self.adam:
             for parameter in self.parameters:
                 self.optim.state[parameter]["step"] += self.own_steps
-            self.optim_steps += self.own_steps + 1
-            self.own_steps = 0
+        self.own_steps = 0
 
     @property
     def _gathers(self) -> bool:
@@ -231,7 +237,9 @@ class CompiledStep:
 
     def _numbers(self, **replaced: Any) -> Tensor:
         """Return all that may change from step to step, in the order that `_computed` expects."""
-        t = self.optim_steps + self.own_steps
+        t = self.own_steps
+        if self.adam:
+            t += int(self.optim.state[self.parameters[0]]["step"])
         numbers = [float(getattr(self.objective, "beta", 1.0)), self.clip_norm or math.inf]
         for group in self.optim.param_groups if self.adam else ():
             (beta1, beta2), lr = replaced.get("betas", group["betas"]), float(group["lr"])
@@ -239,7 +247,7 @@ class CompiledStep:
             decay = replaced.get("weight_decay", group["weight_decay"])
             numbers += [lr, lr / correction1, correction2, 1 - beta1, 1 - beta2]
             numbers += [group["eps"], decay]
-        return torch.tensor(numbers, dtype=torch.float64, device=self.pair.device)
+        return torch.tensor(numbers, dtype=torch.float64, device=self.device)
 
     def _computed(self, *inputs: Tensor) -> list[Tensor]:
         """Take a step as a function of tensors, which is what the graph holds."""
@@ -266,8 +274,8 @@ class CompiledStep:
         def update(tensor: Tensor, value: Tensor) -> None:
             tensor.copy_(torch.where(loss.isfinite(), value, tensor))
 
-        for tensor, value in zip(others, used, strict=True):
-            if value._version > 0:  # the statistics of a batch norm, say
+        for tensor, value, written in zip(others, used, self.written, strict=True):
+            if written:
                 update(tensor, value)
         if not self.adam:
             return [loss, *gradients]
@@ -279,44 +287,38 @@ class CompiledStep:
                 update(tensor, value)
         return [loss]
 
-    def _compare(self, source: Tensor) -> None:
-        """Compare loss, gradients and buffers with those of an eager step that starts the same."""
-        random_state, n = torch.get_rng_state(), len(self.parameters)
-        state = [tensor.clone() for tensor in self.state]
-        for moment in state[n + len(self.others) :]:
-            moment.zero_()
-        # then the first moments become the gradients
-        numbers = self._numbers(betas=(0.0, 0.0), weight_decay=0.0)
-        with float32_products(self.pair.device):
-            loss, *gradients = self.run(*self._drawn_from(source), numbers, *state)
-        if self.adam:
-            gradients = state[n + len(self.others) :][:n]
-        others = state[n : n + len(self.others)]
-
-        torch.set_rng_state(random_state)
-        before = [tensor.clone() for tensor in self.others]
+    def _eagerly(self, source: Tensor) -> dict[str, Tensor]:
+        """Return what a step computes, by name, without taking it."""
+        random_state, before = torch.get_rng_state(), [tensor.clone() for tensor in self.others]
         batch = self.data.batch(source) if self._gathers else source
-        expected = self.objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
-        expected_gradients = list(torch.autograd.grad(expected / len(batch), self.parameters))
+        loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
+        gradients = list(torch.autograd.grad(loss / len(batch), self.parameters))
         if self.clip_norm is not None:
-            expected_gradients = _clipped(expected_gradients, torch.tensor(self.clip_norm))
+            gradients = _clipped(gradients, torch.tensor(self.clip_norm))
         after = [tensor.clone() for tensor in self.others]
         for tensor, value in zip(self.others, before, strict=True):
             tensor.copy_(value)
+        torch.set_rng_state(random_state)
+        return self._named(loss.detach(), gradients, after)
 
-        for what, values, references in (
-            ("loss", [loss], [expected.detach()]),
-            ("gradient", gradients, expected_gradients),
-            ("buffer", others, after),
-        ):
-            names = {"gradient": self.names, "buffer": self.other_names}.get(what, [""])
-            for name, value, reference in zip(names, values, references, strict=True):
-                if not _close(value, reference):
-                    raise CannotCompile(
-                        f"the compiled step gives another {what} {name} than "
-                        "the eager one: something that changes from step to step is no tensor, or "
-                        "random numbers come in another order"
-                    )
+    def _compiled(self, source: Tensor) -> dict[str, Tensor]:
+        """Return what the graph computes, by name, on copies of all tensors."""
+        n, state = len(self.parameters), [tensor.clone() for tensor in self.state]
+        for moment in state[n + len(self.others) :]:
+            moment.zero_()
+        # with these numbers the first moments become the gradients
+        numbers = self._numbers(betas=(0.0, 0.0), weight_decay=0.0)
+        with float32_products(self.device):
+            loss, *gradients = self.run(*self._drawn_from(source), numbers, *state)
+        if self.adam:
+            gradients = state[n + len(self.others) :][:n]
+        return self._named(loss, gradients, state[n:][: len(self.others)])
+
+    def _named(
+        self, loss: Tensor, gradients: list[Tensor], others: list[Tensor]
+    ) -> dict[str, Tensor]:
+        names = ["loss", *(f"gradient of {n}" for n in self.names), *self.other_names]
+        return dict(zip(names, (loss, *gradients, *others), strict=True))
 
 
 @contextlib.contextmanager
@@ -394,11 +396,16 @@ def _is_decoupled(optim: torch.optim.Optimizer, group: int) -> bool:
     return bool(optim.param_groups[group].get("decoupled_weight_decay", default))
 
 
-def _close(value: Tensor, expected: Tensor) -> bool:
-    """Whether tensors agree up to the rounding of a long sum."""
-    tolerance = 1e-3 if expected.dtype.itemsize < 8 else 1e-6
-    value, expected = value.double(), expected.double()
-    return bool(torch.dist(value, expected) <= tolerance * (expected.norm() + 1e-3))
+def _require_equal(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise unless tensors agree up to the rounding of long sums."""
+    for name, reference in expected.items():
+        tolerance = 1e-3 if reference.dtype.itemsize < 8 else 1e-6
+        distance = torch.dist(values[name].double(), reference.double())
+        if not distance <= tolerance * (reference.double().norm() + 1e-3):
+            raise CannotCompile(
+                f"the compiled step gives another {name} than the eager one: something that "
+                "changes from step to step is no tensor, or random numbers come in another order"
+            )
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.util import sum_rightmost
 from torch import Size, Tensor
+from torch.distributions import register_kl
 
 
 class Replacement(dist.TorchDistribution):
@@ -346,6 +347,14 @@ class Thinned(_OfData, dist.Binomial):
         >>> Thinned(torch.tensor([4.0, 8.0]), torch.tensor(0.5)).mean
         tensor([2., 4.])
     """
+
+
+@register_kl(Thinned, Thinned)
+def _kl_thinned(p: Thinned, q: Thinned) -> Tensor:
+    """As torch's of two binomials, without its branch: NaN where q has more counts than p."""
+    kl = p.probs * (p.logits - q.logits) + (-p.probs).log1p() - (-q.probs).log1p()
+    more = torch.where(p.total_count > q.total_count, math.inf, math.nan)
+    return torch.where(p.total_count == q.total_count, p.total_count * kl, more)
 
 
 class _OneOf(constraints.Constraint):

@@ -14,10 +14,11 @@ from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from scipy import stats
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 import probae
 from probae import BitFlip, GaussianNoise, Masking, PoissonThinning, SaltAndPepper, stack_missing
-from probae.corrupted import Bits, Point, Replacement, Seen, ShiftedPoisson
+from probae.corrupted import Bits, Point, Replacement, Seen, ShiftedPoisson, Thinned
 from probae.corruptions import Corruption
 
 from .conftest import bits, counts, reals, unit
@@ -970,3 +971,13 @@ def test_values_outside_the_support(law: Any, value: float) -> None:
     law._validate_args = True
     with pytest.raises(ValueError, match="support"):
         law.log_prob(torch.full(law.event_shape or (2,), value))
+
+
+def test_kl_of_thinned_counts_is_that_of_binomials() -> None:
+    counts, kept = torch.tensor([0.0, 3.0, 5.0]), torch.tensor([0.2, 0.5, 0.9])
+    p, q = Thinned(counts, kept), Thinned(counts, kept.flip(0))
+    expected = torch.distributions.Binomial(counts, kept)
+    expected = kl_divergence(expected, torch.distributions.Binomial(counts, kept.flip(0)))
+    torch.testing.assert_close(kl_divergence(p, q), expected)
+    assert kl_divergence(p, Thinned(counts - 1, kept)).isinf().all()
+    assert kl_divergence(p, Thinned(counts + 1, kept)).isnan().all()  # not an elementary function

@@ -1,0 +1,467 @@
+"""Compiled steps against eager ones: same numbers, same errors, and a reason where it is refused.
+
+Most tests run the recorded graph operation by operation (the fixture ``interpreted``), which tests
+all but Inductor's own work and takes no C++ compiler; the tests named ``..._in_machine_code`` do.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import probae
+from probae import Autoencoder, LinearWarmup, compiling
+from probae.compiling import CannotCompile
+
+from .conftest import Case
+
+X, Z = 8, 2
+fit = partial(probae.fit, progress=False)
+
+
+def vae(**keywords: Any) -> Autoencoder:
+    torch.manual_seed(0)
+    return probae.VAE(X, Z, **{"hidden": (5,), **keywords})
+
+
+def bits(n: int = 20) -> Tensor:
+    torch.manual_seed(7)
+    return torch.rand(n, X).round()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """Return the graphs that get compiled in the test."""
+    made, compile = [], compiling._machine_code
+
+    def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        made.append(graph)
+        return compile(graph, inputs)
+
+    monkeypatch.setattr(compiling, "_machine_code", machine_code)
+    return made
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """Run recorded graphs operation by operation; return them."""
+    made = []
+
+    def as_it_is(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        made.append(graph)
+        return graph
+
+    monkeypatch.setattr(compiling, "_machine_code", as_it_is)
+    return made
+
+
+def assert_same_training(
+    build: Callable[[], Autoencoder], *args: Any, rtol: float = 1e-5, **keywords: Any
+) -> probae.Run:
+    """Train by both kinds of steps and compare all that comes out; return the compiled run."""
+    pairs, runs = [], []
+    objective = keywords.pop("objective", None)
+    for compile in (False, True):
+        pairs.append(build())
+        runs.append(
+            fit(pairs[-1], *args, objective=copy.deepcopy(objective), compile=compile, **keywords)
+        )
+    for name in runs[0].history:
+        if name != "seconds":
+            expected = pytest.approx(runs[0].history[name], rel=rtol, abs=1e-6)
+            assert runs[1].history[name] == expected, name
+    for name, p in pairs[1].state_dict().items():
+        q = pairs[0].state_dict()[name]
+        torch.testing.assert_close(p, q, rtol=10 * rtol, atol=10 * rtol, msg=name)
+    assert runs[1].kl_method == runs[0].kl_method
+    assert (runs[0].compile_seconds, runs[0].eager_because) == (0, "compile=False")
+    assert runs[1].compile_seconds > 0
+    assert runs[1].eager_because == ""
+    return runs[1]
+
+
+ITERATIVE = ("sparse-laplace-sparse-coding", "psd", "psd-started-only-3d")
+
+
+def test_every_preset_has_the_gradients_of_an_eager_step(case: Case, interpreted: list) -> None:
+    # SGD at rate 1: the parameters move by the gradients; the noise is that of the seed
+    x = case.x(torch.float64, n=10)
+    pairs = [case.pair(torch.float64) for _ in range(2)]
+    train = partial(fit, epochs=1, batch_size=5, lr=1e-3, optimizer=torch.optim.SGD)
+    expected = train(pairs[0], x, compile=False)
+    if case.name in ITERATIVE:
+        with pytest.raises(CannotCompile, match=r"branches on the value.*sparse_coding.py, line"):
+            train(pairs[1], x, compile=True)
+        return
+    run = train(pairs[1], x, compile=True)
+    assert len(interpreted) == 1
+    assert run.history["loss"] == pytest.approx(expected.history["loss"], rel=1e-9)
+    for (name, p), q in zip(pairs[0].named_parameters(), pairs[1].parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Trace_ELBO(),
+        Trace_ELBO(num_particles=2),
+        Trace_ELBO(num_particles=3, vectorize_particles=True),
+        TraceMeanField_ELBO(),
+        probae.IWAE(5),
+        probae.IWAE(5, dreg=True),
+        probae.ELBO(num_particles=3, analytic_kl=False),
+        probae.ELBO(beta=LinearWarmup(3)),
+        probae.ELBO(beta=0.5),
+    ],
+    ids=["Trace", "loop", "vectorised", "mean-field", "IWAE", "DReG", "particles", "warm-up", "β"],
+)
+def test_every_objective(objective: pyro.infer.ELBO, interpreted: list) -> None:
+    assert_same_training(vae, bits(), bits(6), epochs=4, batch_size=8, objective=objective)
+    assert len(interpreted) == 1
+
+
+@pytest.mark.parametrize("build", ["bits-code", "hashing"])
+def test_score_function_under_trace_elbo(build: str, interpreted: list) -> None:
+    def pair() -> Autoencoder:
+        torch.manual_seed(0)
+        return probae.SemanticHashing(X, Z, posterior="bernoulli", hidden=(5,))
+
+    objective = Trace_ELBO() if build == "bits-code" else probae.ELBO()
+    assert_same_training(pair, bits(), epochs=3, batch_size=8, objective=objective)
+
+
+def groups(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    half = [{"params": parameters[:2], "lr": lr / 3}, {"params": parameters[2:], "eps": 1e-3}]
+    return torch.optim.Adam(half, lr=lr, betas=(0.5, 0.9))
+
+
+OPTIMIZERS = {
+    "Adam": torch.optim.Adam,
+    "weight decay": partial(torch.optim.Adam, weight_decay=0.1),
+    "AdamW": partial(torch.optim.AdamW, weight_decay=0.1),
+    "groups": groups,
+    "AMSGrad": partial(torch.optim.Adam, amsgrad=True),
+    "maximize": partial(torch.optim.Adam, maximize=True),
+    "SGD": partial(torch.optim.SGD, momentum=0.9),
+    "RMSprop": torch.optim.RMSprop,
+}
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer(name: str, clip_norm: float | None, interpreted: list) -> None:
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.01, total_steps=20)
+    momentum = name not in ("groups", "RMSprop")
+    assert_same_training(
+        vae, bits(), epochs=4, batch_size=8, lr=3e-3, clip_norm=clip_norm,
+        optimizer=OPTIMIZERS[name], schedule=cycle if momentum else "cosine",
+    )  # fmt: skip
+    (graph,) = interpreted
+    outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    in_graph = name in ("Adam", "weight decay", "AdamW", "groups")
+    assert len(outputs) == (1 if in_graph else 1 + 8)
+
+
+@pytest.mark.parametrize("binarize", [False, True])
+def test_data_in_memory_and_datasets(binarize: bool, interpreted: list) -> None:
+    x = torch.full((20, X), 0.3) if binarize else bits()
+    for data in (x, TensorDataset(x)):
+        assert_same_training(vae, data, epochs=3, batch_size=8, binarize=binarize)
+
+
+@pytest.mark.parametrize("batch_size", [20, 7, 1, 1000])
+def test_batches_of_any_size_compile_once(batch_size: int, interpreted: list) -> None:
+    assert_same_training(vae, bits(), epochs=3, batch_size=batch_size)
+    assert len(interpreted) == 1
+
+
+class Normed(nn.Module):
+    """A network with statistics, dropout, and a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(X, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2 * Z)
+        )
+        self.layers[0].bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).unflatten(-1, (2, Z))
+
+
+def normed() -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(
+        probae.StandardNormalPrior(Z),
+        probae.GaussianEncoder(Normed()),
+        probae.BernoulliDecoder(probae.MLP(Z, X, (5,))),
+    )
+
+
+def test_buffers_dropout_and_frozen_parameters(interpreted: list) -> None:
+    assert_same_training(normed, bits(), epochs=3, batch_size=8)
+
+
+def test_compiling_leaves_the_pair_and_the_random_stream_alone(interpreted: list) -> None:
+    # the encoder of a VampPrior is the encoder of the pair: one module by two names
+    def build() -> Autoencoder:
+        return vae(prior="vamp")
+
+    pair = build()
+    before = dict(pair.named_parameters())
+    torch.manual_seed(3)
+    fit(pair, bits(), epochs=2, batch_size=8, seed=None, compile=True)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    fit(build(), bits(), epochs=2, batch_size=8, seed=None, compile=False)
+    assert torch.equal(torch.rand(1), after)
+    assert all(p is before[name] for name, p in pair.named_parameters())
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert nn.functional.one_hot(torch.tensor([1])).tolist() == [[0, 1]]
+
+
+def test_adam_is_torchs_and_flushes_denormals() -> None:
+    p, twin = torch.randn(50), nn.Parameter(torch.zeros(50))
+    with torch.no_grad():
+        twin.copy_(p)
+    optim = torch.optim.Adam([twin], lr=0.01, weight_decay=0.1)
+    m, v = torch.zeros(50), torch.zeros(50)
+    for t in range(1, 6):
+        twin.grad = torch.randn(50)
+        numbers = [0.01, 0.01 / (1 - 0.9**t), math.sqrt(1 - 0.999**t), 0.1, 0.001, 1e-8, 0.1]
+        p, m, v = compiling._adam(p, twin.grad, m, v, torch.tensor(numbers), decoupled=False)
+        optim.step()
+        torch.testing.assert_close(p, twin.detach(), rtol=1e-5, atol=1e-6)
+    small = torch.tensor([1e-40, -1e-40, 1e-30, -1e-30, 0.0])
+    assert compiling._flushed(small).tolist() == [0, 0, small[2], small[3], 0]
+
+
+class Part(nn.Module):
+    """A function of its input as a module, with a parameter to train."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.parameter = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, self.parameter)
+
+
+def with_encoder(function: Callable[[Tensor, Tensor], Any]) -> Autoencoder:
+    decoder = Part(lambda z, p: dist.Normal((z + p).repeat_interleave(X // Z, -1), 1).to_event(1))
+    return Autoencoder(probae.StandardNormalPrior(Z), Part(function), decoder)
+
+
+def test_a_loss_that_is_not_finite_is_traced_to_its_site(interpreted: list) -> None:
+    mark = 9.0
+
+    def encoder(x: Tensor, p: Tensor) -> Any:
+        bad = (x > mark - 1).any(-1, keepdim=True)
+        return dist.Normal(torch.where(bad, math.nan, x[..., :Z] + p), 1.0).to_event(1)
+
+    x = bits(40)
+    x[torch.randperm(40, generator=torch.Generator().manual_seed(1))[:1]] = mark
+    states, messages = [], []
+    for compile in (False, True):
+        pair = with_encoder(encoder)
+        with pytest.raises(FloatingPointError, match="site 'z' of the guide drew") as caught:
+            fit(pair, x, epochs=3, batch_size=4, compile=compile, lr=0.1, seed=5)
+        messages.append(str(caught.value))
+        states.append([p.item() for p in pair.parameters()])
+    assert messages[0] == messages[1]
+    assert "step 1:" not in messages[0]
+    assert len(interpreted) == 1
+    assert states[0] == states[1]
+
+
+def test_a_step_without_finite_loss_changes_nothing(interpreted: list) -> None:
+    pair, data = normed(), torch.cat([bits(), torch.full((1, X), math.inf)])
+    optim = torch.optim.Adam(pair.parameters(), lr=0.1)
+    checked = probae.checks.TrainingData(pair, bits(21), "x", False)
+    probae.ELBO().differentiable_loss(pair.model, pair.guide, bits()).backward()
+    optim.step()
+    step = compiling.CompiledStep(pair, probae.ELBO(), checked, optim, None)
+    step.compile(torch.arange(5))
+    checked.tensor = data
+    before = [copy.deepcopy(t) for t in (pair.state_dict(), optim.state_dict())]
+    state = torch.get_rng_state()
+    assert step.step(torch.arange(16, 21)) is None
+    assert torch.equal(state, torch.get_rng_state())
+    for name, tensor in pair.state_dict().items():
+        assert torch.equal(tensor, before[0][name]), name
+    for k, moments in optim.state_dict()["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, before[1]["state"][k][name]), name
+    assert math.isfinite(step.step(torch.arange(5)))
+    step.leave()
+    assert {float(s["step"]) for s in optim.state.values()} == {2.0}
+
+
+class Tempered(probae.ELBO):
+    """An objective with a schedule of its own, as a Python number."""
+
+    def differentiable_loss(self, *args: Any, **keywords: Any) -> Tensor:
+        factor = 1.0 if math.isinf(self.epoch) else 1 + self.epoch
+        return factor * super().differentiable_loss(*args, **keywords)
+
+
+def branching(x: Tensor, p: Tensor) -> Any:
+    loc = x[..., :Z] + p
+    return dist.Normal(loc if loc.mean() > 0 else 2 * loc, 1.0).to_event(1)
+
+
+class Counting:
+    """A part whose scale grows with every call, unseen by any record."""
+
+    calls = 0
+
+    def __call__(self, x: Tensor, p: Tensor) -> Any:
+        self.calls += 1
+        return dist.Normal(x[..., :Z] + p, 1.0 + 0.1 * self.calls).to_event(1)
+
+
+def gone(*_: object, **__: object) -> None:
+    raise RuntimeError("disk gone\nand more")
+
+
+REFUSED = [
+    (lambda: with_encoder(branching), None, r"branches on the value .*test_compiling.py, line \d+"),
+    (lambda: with_encoder(Counting()), None, "gives another loss .* is no tensor"),
+    (vae, Tempered(), "gives another loss"),
+]
+
+
+@pytest.mark.parametrize(("build", "objective", "message"), REFUSED, ids=["if", "count", "number"])
+def test_what_a_graph_would_get_wrong_is_refused(
+    build: Callable[[], Autoencoder],
+    objective: Any,
+    message: str,
+    interpreted: list,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train = partial(fit, x=bits(), epochs=8, batch_size=8, objective=objective)
+    with pytest.raises(CannotCompile, match=message):
+        train(build(), compile=True)
+    monkeypatch.setattr(compiling, "WORTH", 0.0)
+    pairs = [build(), build()]
+    with pytest.warns(UserWarning, match="takes its steps eagerly.*because") as caught:
+        run = train(pairs[0], compile="auto")
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with pytest.raises(CannotCompile, match=message):
+        raise CannotCompile(run.eager_because)
+    if not isinstance(pairs[0].encoder, Part) or pairs[0].encoder.function is branching:
+        train(pairs[1], compile=False)
+        for p, q in zip(pairs[0].parameters(), pairs[1].parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+
+
+def test_auto_compiles_long_runs_only(interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = fit(vae(), bits(), epochs=8, batch_size=8)
+        assert (run.compile_seconds, run.eager_because) == (0, "the run is too short")
+        assert not interpreted
+        monkeypatch.setattr(compiling, "WORTH", 0.0)
+        run = fit(vae(), bits(), epochs=3, batch_size=8)  # nine steps: not even looked at
+        assert not interpreted
+        run = fit(vae(), bits(), epochs=8, batch_size=8)
+        assert len(interpreted) == 1
+        assert run.eager_because == ""
+        assert run.compile_seconds > 0
+
+
+@pytest.mark.parametrize("compile", ["yes", None, 1, "True"])
+def test_compile_is_checked(compile: Any) -> None:
+    with pytest.raises(ValueError, match="compile must be True, False or 'auto', got"):
+        fit(vae(), bits(), compile=compile)
+
+
+def test_data_outside_the_domain_of_a_corruption_are_refused(interpreted: list) -> None:
+    def pair() -> Autoencoder:
+        torch.manual_seed(0)
+        corruption = probae.BitFlip(0.1)
+        return probae.DenoisingVAE(X, Z, corruption=corruption, hidden=(5,), likelihood="gaussian")
+
+    x = bits(40)
+    x[torch.randperm(40, generator=torch.Generator().manual_seed(1))[:1]] = 1.5
+    for data in (x, TensorDataset(x)):
+        for compile in (False, True):
+            with pytest.raises(ValueError, match=r"x must be in .* under BitFlip.*first 1.5"):
+                fit(pair(), data, epochs=3, batch_size=4, compile=compile)
+
+
+def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.compile_fx
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", gone)
+    with pytest.raises(CannotCompile, match=r"Inductor failed with RuntimeError: disk gone$"):
+        fit(vae(), bits(), batch_size=8, compile=True)
+
+
+def test_float32_products_stay_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    a = torch.randn(300, 200)
+    exact = a.double() @ a.double().T
+    with compiling.float32_products(cpu):
+        assert ((a @ a.T) - exact).norm() < 1e-5 * exact.norm()
+    assert torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.setattr(compiling, "_onednn_keeps_float32", lambda: False)
+    with compiling.float32_products(cpu):
+        assert torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.setattr(compiling, "_onednn_keeps_float32", lambda: True)
+    with compiling.float32_products(cpu):
+        assert torch.get_float32_matmul_precision() == "medium"
+    with compiling.float32_products(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "highest"
+    try:
+        torch.set_float32_matmul_precision("high")
+        with compiling.float32_products(cpu):
+            assert torch.get_float32_matmul_precision() == "high"  # the user's choice
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_vae_in_machine_code(graphs: list) -> None:
+    # weight of the KL, learning rate, a partial batch, binarisation, clipping: one compilation
+    objective = probae.ELBO(beta=LinearWarmup(3))
+    x = torch.full((20, X), 0.3)
+    assert_same_training(
+        vae, x, bits(6), epochs=4, batch_size=8, objective=objective, binarize=True,
+        schedule="cosine", clip_norm=1.0,
+    )  # fmt: skip
+    assert len(graphs) == 1
+
+
+def test_particles_and_statistics_in_machine_code(graphs: list) -> None:
+    objective = probae.IWAE(3, dreg=True)
+    build = partial(vae, likelihood="gaussian", likelihood_options={"learn_scale": True})
+    optimizer = partial(torch.optim.SGD, momentum=0.9)
+    assert_same_training(
+        build, bits(), epochs=3, batch_size=8, objective=objective, optimizer=optimizer
+    )
+    assert_same_training(normed, bits(), epochs=3, batch_size=8)
+    assert len(graphs) == 2
+
+
+def test_random_numbers_come_in_the_same_order_in_machine_code(graphs: list) -> None:
+    def build() -> Autoencoder:
+        torch.manual_seed(0)
+        encoder = probae.GaussianEncoder(Normed())
+        decoder = probae.BernoulliDecoder(probae.MLP(Z, X, (5,)))
+        prior, corruption = probae.StandardNormalPrior(Z), probae.SaltAndPepper(0.3)
+        return Autoencoder(prior, encoder, decoder, corruption)
+
+    assert_same_training(build, bits(), epochs=3, batch_size=8)
+    assert len(graphs) == 1
