@@ -974,7 +974,7 @@ def test_values_outside_the_support(law: Any, value: float) -> None:
 
 
 def test_kl_of_thinned_counts_is_that_of_binomials() -> None:
-    counts, kept = torch.tensor([0.0, 3.0, 5.0]), torch.tensor([0.2, 0.5, 0.9])
+    counts, kept = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.2, 0.5, 0.9])
     p, q = Thinned(counts, kept), Thinned(counts, kept.flip(0))
     expected = torch.distributions.Binomial(counts, kept)
     expected = kl_divergence(expected, torch.distributions.Binomial(counts, kept.flip(0)))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 X, HIDDEN, Z, LR = 784, 400, 20, 1e-3
-TURN = 2  # epochs timed in a turn
+TURN = 3  # epochs timed in a turn
 OURS, RIVAL = "probae, compiled", "NumPyro, jitted epoch"
 
 Turn = Callable[[], float]  # returns seconds per step
