@@ -493,11 +493,15 @@ def _report(ll: LogLikelihood, record: Record) -> str:
         f"bits per dim:   {ll.bits_per_dim:.4f}",
     ]
     if record["dequantize"]:
-        grey = ll.bits_per_dim + math.log2(record["dequantize"])
+        grey = ll.discrete(record["dequantize"]).bits_per_dim
         lines.append(f"                at most {grey:.4f} for the grey levels themselves")
     share = untrusted(ll)
     if share is not None and ll.method == "iwae":
         lines.append(f"Pareto k > 0.7: {100 * share:.1f} % of the data")
+        if share > 0:
+            lines.append(
+                "                bounds, not estimates; --method ais is tighter (continuous z)"
+            )
     return "\n".join(lines)
 
 

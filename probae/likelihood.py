@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import warnings
 from typing import Any, NamedTuple
 
-import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Transform
 from tqdm.auto import tqdm
 
-from .annealing import Annealing, anneal
-from .arviz import pareto_khat
-from .autoencoder import Autoencoder, Kind, frozen
-from .checks import check_support, prior_of, require_density, require_gradients, require_pair
+from .annealing import Annealing, anneal_in_chunks, require_annealing
+from .autoencoder import Autoencoder, frozen
+from .checks import check_support, prior_of, require_density, require_pair
 from .datasets import as_tensor
-from .decoders import GaussianDecoder
-from .distributions import base_distribution, is_flat
+from .distributions import is_discrete, is_flat
+from .exact import MAX_STATES, closed_form
+from .fast_weights import fast_weights
+from .importance import StreamingWeights, plain_weights
+from .memory import counts, rows_in_budget
 from .part import require_count
-from .terms import log_weights
 
-MAX_STATES = 2**20  # of a discrete code that is enumerated
-CHUNK_BYTES = 4 * 2**20  # widest activation of one pass through the decoder; fits in cache
+KHAT_LIMIT = 0.7  # above it an importance-sampling estimate is not to be trusted
+
+
+class LikelihoodWarning(UserWarning):
+    """An estimate of a log-likelihood that its own diagnostics do not bear out.
+
+    Example:
+        >>> import warnings, probae
+        >>> warnings.simplefilter("ignore", probae.LikelihoodWarning)
+    """
 
 
 class LogLikelihood(NamedTuple):
@@ -60,12 +68,120 @@ class LogLikelihood(NamedTuple):
 
     @property
     def bits_per_dim(self) -> float:
-        """Negative mean in bits per dimension of the data as they were given."""
+        """Negative mean in bits per dimension of the data that the values are about.
+
+        These are the data as they were given to :func:`log_likelihood`. :meth:`before` and
+        :meth:`discrete` give the values, and so the bits, of the data before they were scaled or
+        dequantised.
+        """
         return -self.mean / (self.dimension * math.log(2))
+
+    def before(self, transform: Transform, x: Tensor | Any) -> LogLikelihood:
+        r"""Return the log-likelihood of the data x before a preprocessing y = T(x).
+
+        .. math:: \log p_X(x) = \log p_Y(T(x)) + \log \left|\det \frac{dT}{dx}\right|
+
+        Args:
+            transform: T, from :mod:`torch.distributions.transforms`: an ``AffineTransform`` that
+                scales or standardises, ``SigmoidTransform().inv`` for logits of grey values, a
+                ``ComposeTransform`` of several. The values at hand are about T(x).
+            x: the data before T, in the same order, (N, *shape).
+
+        Returns:
+            LogLikelihood: of x, in nats per datum; standard errors and diagnostics stay.
+
+        Raises:
+            ValueError: ``transform`` is no Transform, changes the number of dimensions or has no
+                finite log-determinant at x, or ``x`` are not as many data of that dimension.
+
+        Example:
+            >>> import torch, probae
+            >>> from torch.distributions import AffineTransform
+            >>> metres = torch.randn(50, 5)
+            >>> scale = AffineTransform(0, 0.001)  # the pair is about kilometres
+            >>> ll = probae.log_likelihood(probae.PPCA(5, 2), scale(metres))
+            >>> bool(ll.before(scale, metres).mean < ll.mean)
+            True
+        """
+        if not isinstance(transform, Transform):
+            raise ValueError(
+                "transform must be a torch.distributions Transform, such as AffineTransform(loc, "
+                f"scale), got {type(transform).__name__}"
+            )
+        data = as_tensor(x, "x").to(self.values.device, torch.float64)
+        expected = (len(self.values), self.dimension)
+        if (len(data), data[0].numel()) != expected:
+            raise ValueError(
+                f"x must be the {expected[0]} data of dimension {expected[1]} that the values are "
+                f"about, before the transform, got {len(data)} of dimension {data[0].numel()}"
+            )
+        bad = ~transform.domain.check(data)
+        if bad.any() or transform.domain.event_dim >= data.dim():
+            raise ValueError(
+                f"x must lie in the domain of transform ({transform.domain}), datum by datum, got "
+                f"{int(bad.sum())} outside; pass the data before the transform"
+            )
+        y = transform(data)
+        if y.numel() != data.numel():
+            raise ValueError(
+                f"transform must keep the number of dimensions, {self.dimension}, got "
+                f"{y.numel() // len(data)}: a density has none on the other side"
+            )
+        batch = data.shape[: data.dim() - transform.domain.event_dim]
+        try:
+            volume = torch.as_tensor(transform.log_abs_det_jacobian(data, y)).broadcast_to(batch)
+        except ValueError:  # math.log of a scale of zero
+            volume = data.new_full(batch, torch.nan)
+        volume = volume.flatten(1).sum(1) if volume.dim() > 1 else volume
+        if not volume.isfinite().all():
+            raise ValueError(
+                f"transform has no finite log-determinant at {int((~volume.isfinite()).sum())} of "
+                "the data x: it maps some of them to a point, or to infinity"
+            )
+        return self._replace(values=self.values + volume.to(self.values.dtype))
+
+    def discrete(self, levels: int) -> LogLikelihood:
+        r"""Return the log-probability of the grey levels behind dequantised data.
+
+        .. math:: \log P(k) \ge E_u \log p\big((k + u) / L\big) - D \log L
+
+        for x = (k + u) / L as :func:`probae.dequantize` makes it from L ``levels``. Its
+        ``bits_per_dim`` is the one that papers on image models report, whatever the model of the
+        dequantised x, and at least 0.
+
+        Args:
+            levels: L, the number of grey levels that were dequantised, such as ``data.levels``.
+
+        Returns:
+            LogLikelihood: a lower bound (Jensen's inequality), in nats per datum.
+
+        Raises:
+            ValueError: ``levels`` is no int >= 2.
+
+        Reference:
+            Theis, van den Oord & Bethge, A note on the evaluation of generative models, 2016.
+
+        Example:
+            >>> import probae
+            >>> data = probae.load_dataset("digits")
+            >>> x = probae.dequantize(data.test, data.levels).flatten(1)
+            >>> ll = probae.log_likelihood(probae.PPCA(64, 2), x)
+            >>> round(ll.discrete(data.levels).bits_per_dim - ll.bits_per_dim, 4)  # log2(17)
+            4.0875
+        """
+        shift = self.dimension * math.log(require_count(levels, "levels", least=2))
+        return self._replace(values=self.values - shift, is_bound=True)
+
+    @property
+    def unreliable(self) -> float | None:
+        """Share of the data with Pareto k above 0.7; None where no k was computed."""
+        return None if self.khat is None else float((self.khat > KHAT_LIMIT).double().mean())
 
     def __repr__(self) -> str:
         claim = "lower bound" if self.is_bound else "exact"
         samples = f", {self.num_samples} samples" if self.num_samples else ""
+        if self.method == "iwae" and self.unreliable:
+            claim += f", Pareto k > {KHAT_LIMIT} on {100 * self.unreliable:.0f} % of the data"
         return (
             f"LogLikelihood({self.mean:.4f} ± {self.mean_std_error:.4f} nats per datum, "
             f"{len(self.values)} data, {self.method}{samples}, {claim})"
@@ -105,7 +221,8 @@ def log_likelihood(
         pair: the pair; it is not changed.
         x: data (N, *x_shape) in the support of the decoder: tensor, array, path or Dataset.
         method: ``"exact"``, ``"elbo"``, ``"iwae"``, ``"ais"``, or ``"auto"``: exact where there is
-            a closed form, else iwae.
+            a closed form, else iwae, with a :class:`LikelihoodWarning` that gives the share of
+            data whose Pareto k is above 0.7, where there are any.
         num_samples: K, by default 100 for elbo, 5000 for iwae, 16 chains for ais.
         proposal: an encoder to draw z from in place of the pair's own, for pairs with point codes
             or factors, such as :func:`probae.fit_proposal` makes. The figures are then about
@@ -147,48 +264,84 @@ def log_likelihood(
             f"pair is of kind {pair.kind.value}: its prior is flat, so there is no p(x) "
             f"({pair.kind.statement}); give it a proper prior, such as prior='normal'"
         )
-    closed_form = _closed_form(pair)
+    exact, chosen = closed_form(pair), method
     if method == "auto":
-        method = "iwae" if closed_form is None else "exact"
+        chosen = "iwae" if exact is None else "exact"
     dimension = data[0].numel()
-    if method == "exact":
-        if closed_form is None:
+    if chosen == "exact":
+        if exact is None:
             raise ValueError(
                 "method='exact' needs a linear-Gaussian pair (Gaussian prior; GaussianDecoder on "
                 f"an affine network, hidden=()) or a discrete code of at most {MAX_STATES} states; "
                 "use method='iwae'"
             )
         with frozen(pair, seed=0):
-            values = closed_form(data)
+            values = exact(data)
         zero = torch.zeros_like(values)
         return LogLikelihood(values, zero, None, None, "exact", False, 0, dimension)
     if proposal is not None:
         zeros = torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype)
         require_density(pair, proposal, zeros, "proposal")
-    if method != "ais" and annealing is not None:
+    if chosen != "ais" and annealing is not None:
         raise ValueError(f"annealing goes with method='ais', got method={method!r}")
-    if method == "ais":
-        return _annealed(
-            pair, data, num_samples or 16, annealing or Annealing(), proposal, seed, progress
+    if chosen == "ais":
+        annealing = Annealing() if annealing is None else require_annealing(annealing)
+        chains = num_samples or 16
+        annealed = anneal_in_chunks(pair, data, chains, annealing, proposal, seed, progress)
+        streaming = StreamingWeights(chains, data)
+        streaming.add(annealed.log_weights)
+        values, std_error, ess, khat = streaming.iwae()
+        return LogLikelihood(
+            values, std_error, ess, khat, "ais", True, chains, dimension, annealed.acceptance
         )
-    model, guide = _programs(pair, method, proposal)
-    samples = num_samples or {"elbo": 100, "iwae": 5000}[method]
-    rows = max(1, CHUNK_BYTES // (data.element_size() * _widest(pair)))
+    samples = num_samples or {"elbo": 100, "iwae": 5000}[chosen]
+    values, std_error, ess, khat = _weighed(pair, data, chosen, samples, proposal, seed, progress)
+    ll = LogLikelihood(values, std_error, ess, khat, chosen, True, samples, dimension)
+    if method == "auto" and ll.unreliable:
+        warnings.warn(_advice(pair, ll), LikelihoodWarning, stacklevel=2)
+    return ll
+
+
+def _weighed(
+    pair: Autoencoder,
+    data: Tensor,
+    method: str,
+    num_samples: int,
+    proposal: nn.Module | None,
+    seed: int | None,
+    progress: bool,
+) -> list[Tensor]:
+    """Return values, standard errors, effective sample sizes and Pareto k of importance samples."""
+    weigh = plain_weights(pair, method, proposal)
+    weigh = fast_weights(pair, proposal) or weigh
+    rows = rows_in_budget(pair)
     results = []
-    thawed = nn.Module() if proposal is None else proposal
     with (
         frozen(pair, seed),
-        frozen(thawed, None),
+        frozen(nn.Module() if proposal is None else proposal, None),
         tqdm(total=len(data), disable=not progress, unit="datum") as bar,
     ):
-        for chunk in data.split(max(min(64, rows), rows // samples)):
-            streaming = _StreamingWeights(samples, chunk)
-            for count in _counts(samples, max(1, rows // len(chunk))):
-                streaming.add(log_weights(model, guide, chunk, num_particles=count))
+        for chunk in data.split(max(min(64, rows), rows // num_samples)):
+            streaming, draw = StreamingWeights(num_samples, chunk), weigh(chunk)
+            for count in counts(num_samples, max(1, rows // len(chunk))):
+                streaming.add(draw(count))
             results.append(streaming.elbo() if method == "elbo" else streaming.iwae())
             bar.update(len(chunk))
-    values, std_error, ess, khat = (torch.cat(column) for column in zip(*results, strict=True))
-    return LogLikelihood(values, std_error, ess, khat, method, True, samples, dimension)
+    return [torch.cat(column) for column in zip(*results, strict=True)]
+
+
+def _advice(pair: Autoencoder, ll: LogLikelihood) -> str:
+    """Say how many data the importance samples do not serve, and what would serve them."""
+    better = (
+        f"more samples (num_samples > {ll.num_samples}) or a better proposal"
+        if is_discrete(prior_of(pair))
+        else "method='ais'"
+    )
+    return (
+        f"Pareto k is above {KHAT_LIMIT} for {100 * (ll.unreliable or 0):.0f} % of "
+        f"{len(ll.values)} data: their values, by {ll.num_samples} importance samples, are lower "
+        f"bounds and cannot be trusted as estimates; use {better}"
+    )
 
 
 class Comparison(NamedTuple):
@@ -263,209 +416,3 @@ def compare(first: LogLikelihood, second: LogLikelihood) -> Comparison:
         first.method,
         second.method,
     )
-
-
-def _annealed(
-    pair: Autoencoder,
-    data: Tensor,
-    num_chains: int,
-    annealing: Annealing,
-    proposal: nn.Module | None,
-    seed: int | None,
-    progress: bool,
-) -> LogLikelihood:
-    """Log-mean weight of annealed chains; its expectation is at most log p(x)."""
-    require_gradients("method='ais'")
-    if not isinstance(annealing, Annealing):
-        raise ValueError(
-            f"annealing must be a probae.Annealing, got {type(annealing).__name__}; for instance "
-            "probae.Annealing(num_temperatures=1000)"
-        )
-    rows = max(1, CHUNK_BYTES // (data.element_size() * _widest(pair) * num_chains))
-    thawed = nn.Module() if proposal is None else proposal
-    columns: list[list[Tensor]] = []
-    with (
-        frozen(pair, seed),
-        frozen(thawed, None),
-        tqdm(total=len(data), disable=not progress, unit="datum") as bar,
-    ):
-        for chunk in data.split(rows):
-            weights = anneal(pair, chunk, num_chains, annealing, proposal)
-            streaming = _StreamingWeights(num_chains, chunk)
-            streaming.add(weights.log_weights)
-            columns.append([*streaming.iwae(), weights.acceptance])
-            bar.update(len(chunk))
-    values, std_error, ess, khat, acceptance = (
-        torch.cat(column) for column in zip(*columns, strict=True)
-    )
-    return LogLikelihood(
-        values, std_error, ess, khat, "ais", True, num_chains, data[0].numel(), acceptance
-    )
-
-
-class _StreamingWeights:
-    """Running sums over log-weights (K, N) that arrive in blocks, in memory that K does not enter.
-
-    Pareto k needs only the largest weights; M = min(K/5, 3√K) of them and one more are kept.
-    """
-
-    def __init__(self, num_samples: int, x: Tensor) -> None:
-        self.num_samples = num_samples
-        self.tail_size = min(num_samples, math.ceil(min(num_samples / 5, 3 * num_samples**0.5)) + 1)
-        empty = x.new_full((len(x),), -math.inf, dtype=torch.float64)
-        self.log_sum, self.log_sum_squares = empty, empty
-        self.mean, self.sum_squares, self.seen = torch.zeros_like(empty), torch.zeros_like(empty), 0
-        self.tail = empty.new_empty((0, len(x)))
-
-    def add(self, log_weights: Tensor) -> None:
-        """Take in a block of shape (k, N)."""
-        block = log_weights.double()
-        self.log_sum = torch.logaddexp(self.log_sum, block.logsumexp(0))
-        self.log_sum_squares = torch.logaddexp(self.log_sum_squares, (2 * block).logsumexp(0))
-        count, total = len(block), self.seen + len(block)
-        mean, shift = block.mean(0), block.mean(0) - self.mean  # Chan et al., 1983
-        self.sum_squares = self.sum_squares + ((block - mean) ** 2).sum(0)
-        self.sum_squares = self.sum_squares + shift**2 * self.seen * count / total
-        self.mean, self.seen = self.mean + shift * count / total, total
-        top = torch.topk(block, min(count, self.tail_size), 0).values
-        merged = torch.cat([self.tail, top])
-        self.tail = torch.topk(merged, min(len(merged), self.tail_size), 0).values
-
-    def ess(self) -> Tensor:
-        """Kish's effective sample size (Σw)² / Σw²."""
-        return (2 * self.log_sum - self.log_sum_squares).exp()
-
-    def elbo(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean log-weight, its standard error, effective sample size, Pareto k."""
-        variance = self.sum_squares / max(self.seen - 1, 1)
-        std_error = (variance / self.seen).sqrt() if self.seen > 1 else variance + math.nan
-        return self.mean, std_error, self.ess(), self.khat()
-
-    def iwae(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log-mean weight, its standard error (delta method), effective sample size, Pareto k."""
-        count, ess = self.seen, self.ess()
-        relative_variance = (1 / ess - 1 / count).clamp(min=0) * count / max(count - 1, 1)
-        std_error = relative_variance.sqrt() if count > 1 else relative_variance + math.nan
-        return self.log_sum - math.log(count), std_error, ess, self.khat()
-
-    def khat(self) -> Tensor:
-        """Pareto k of each datum, from the kept tail."""
-        return pareto_khat(self.tail, self.num_samples)
-
-
-def _programs(
-    pair: Autoencoder, method: str, proposal: nn.Module | None
-) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
-    """Return the model and what proposes z for it, or refuse what would not give a bound."""
-    if proposal is None:
-        kind = pair.kind
-        if kind is Kind.ELBO or (kind is Kind.DISCRETE_POINT and method == "elbo"):
-            return pair.model, pair.guide
-        raise ValueError(
-            f"method={method!r} needs an encoder with a density, but the pair is of kind "
-            f"{kind.value}: {kind.statement}; use method='ais', or pass "
-            "proposal=probae.fit_proposal(pair, x_train)"
-            + (", or method='elbo'" if kind is Kind.DISCRETE_POINT else "")
-        )
-
-    def propose(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", proposal(x))
-
-    def generate(x: Tensor) -> None:  # p(z) p(x|z): neither corruption nor factor
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", pair.prior())
-            pyro.sample("x", pair.decoder(z), obs=x)
-
-    return generate, propose
-
-
-def _closed_form(pair: Autoencoder) -> Callable[[Tensor], Tensor] | None:
-    """Return the function that gives log p(x) exactly, or None where there is none."""
-    prior = base_distribution(prior_of(pair))
-    decoder = pair.decoder
-    if isinstance(prior, dist.Normal) and isinstance(decoder, GaussianDecoder):
-        affine = decoder.affine()
-        if affine is not None:
-            return lambda x: _linear_gaussian(x, prior, *affine)
-    count = _count_states(pair)
-    if count is not None and count <= MAX_STATES:
-        return lambda x: _enumerated(pair, x)
-    return None
-
-
-def _linear_gaussian(
-    x: Tensor, prior: dist.Normal, weight: Tensor, bias: Tensor, scale: Tensor
-) -> Tensor:
-    r"""Log-density of N(Wm + b, W diag(τ²) Wᵀ + s² I), in double precision."""
-    weight, bias, scale = weight.double(), bias.double(), scale.double()
-    marginal = dist.LowRankMultivariateNormal(
-        weight @ prior.loc.double() + bias,
-        weight * prior.scale.double(),
-        (scale**2).expand(len(bias)),
-    )
-    return marginal.log_prob(x.flatten(1).double())
-
-
-def _count_states(pair: Autoencoder) -> int | None:
-    """Number of states of the code, or None if it is not discrete and finite."""
-    prior = prior_of(pair)
-    base = base_distribution(prior)
-    if isinstance(base, dist.OneHotCategorical) and prior.event_shape == base.event_shape:
-        return int(base.event_shape[0])
-    if isinstance(base, dist.Bernoulli | dist.Categorical):
-        choices = 2 if isinstance(base, dist.Bernoulli) else base.probs.shape[-1]
-        return int(choices ** math.prod(prior.event_shape))
-    return None
-
-
-def _states(pair: Autoencoder, rows: int) -> Iterator[Tensor]:
-    """Yield all states of the code in blocks of shape (rows, *z_shape)."""
-    prior = pair.prior()
-    base, like = base_distribution(prior), prior.sample()  # dtype and device of a code
-    if isinstance(base, dist.OneHotCategorical):
-        yield from torch.eye(len(like)).to(like).split(rows)
-        return
-    choices = 2 if isinstance(base, dist.Bernoulli) else base.probs.shape[-1]
-    place = choices ** torch.arange(like.numel(), device=like.device)  # digits in base `choices`
-    for index in torch.arange(choices ** like.numel(), device=like.device).split(rows):
-        yield ((index[:, None] // place) % choices).to(like).reshape(-1, *like.shape)
-
-
-def _enumerated(pair: Autoencoder, x: Tensor) -> Tensor:
-    """Log Σ_z p(z) p(x|z) over all states, in chunks of states and of data."""
-    prior, budget = pair.prior(), CHUNK_BYTES // (x.element_size() * _widest(pair))
-    values = []
-    for chunk in x.split(max(1, budget // 64)):
-        total = x.new_full((len(chunk),), -math.inf, dtype=torch.float64)
-        for z in _states(pair, max(1, budget // len(chunk))):
-            log_joint = prior.log_prob(z)[:, None] + pair.decoder(z[:, None]).log_prob(chunk)
-            total = torch.logaddexp(total, log_joint.double().logsumexp(0))
-        values.append(total)
-    return torch.cat(values)
-
-
-def _widest(pair: Autoencoder) -> int:
-    """Elements of the widest activation of the decoder for one code."""
-    widths = [math.prod(pair.x_shape)]
-    hooks = [
-        module.register_forward_hook(
-            lambda module, inputs, output: (
-                widths.append(output.numel()) if isinstance(output, Tensor) else None
-            )
-        )
-        for module in pair.decoder.modules()
-    ]
-    try:
-        with frozen(pair, seed=0):
-            pair.decoder(pair.prior().sample(torch.Size((1,))))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return max(widths)
-
-
-def _counts(total: int, most: int) -> Iterator[int]:
-    """Split ``total`` samples into blocks of at most ``most``."""
-    for start in range(0, total, most):
-        yield min(most, total - start)

@@ -157,7 +157,8 @@ def test_every_continuous_prior_against_quadrature(prior: object) -> None:
         log_joint = pair.prior().log_prob(grid)[:, None] + pair.decoder(grid[:, None]).log_prob(x)
     exact = log_joint.logsumexp(0) + k * math.log(float(axis[1] - axis[0]))
     for start in ("prior", "encoder"):
-        options = Annealing(40, num_leapfrogs=5, num_pilot=15, start=start)
+        steps = 40 if start == "prior" else 160
+        options = Annealing(steps, num_leapfrogs=5, num_pilot=15, start=start)
         ll = probae.log_likelihood(pair, x, "ais", 200, annealing=options)
         # four standard errors of the estimate, and the error of quadrature; an encoder that nobody
         # trained may miss mass, then the estimate is too low
