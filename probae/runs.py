@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import __version__
+from .annealing import Annealing
 from .autoencoder import Autoencoder, seeded
 from .checks import likelihood_of
 from .datasets import DATASET_NAMES, Splits, as_tensor, binarize, dequantize, load_dataset
@@ -143,6 +144,7 @@ def measure(
     method: str,
     num_samples: int | None,
     seed: int,
+    annealing: Annealing | None = None,
 ) -> tuple[LogLikelihood, str]:
     """Return the log-likelihood of data in the form the pair was trained on, and what to note."""
     if method == "exact" and num_samples is not None:
@@ -151,7 +153,9 @@ def measure(
     progress = sys.stderr.isatty()
     with warnings.catch_warnings():  # the report says it
         warnings.simplefilter("ignore", LikelihoodWarning)
-        ll = log_likelihood(pair, x, method, num_samples, seed=seed, progress=progress)
+        ll = log_likelihood(
+            pair, x, method, num_samples, annealing=annealing, seed=seed, progress=progress
+        )
     return ll, note
 
 
