@@ -221,9 +221,13 @@ class _Grid(constraints.Constraint):
         return f"multiples of 1/{self.levels - 1} in [0, 1]"
 
 
+_WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
+_INNER = ("base_dist", "component_distribution", "component0", "component1", "gate", "slab")
+
+
 def base_distribution(distribution: Any) -> Any:
     """Strip ``Independent``, ``MaskedDistribution`` and ``ExpandedDistribution`` wrappers."""
-    while hasattr(distribution, "base_dist") and not hasattr(distribution, "transforms"):
+    while isinstance(distribution, _WRAPPERS):
         distribution = distribution.base_dist
     return distribution
 
@@ -237,7 +241,7 @@ def mean_of(distribution: Any, num_samples: int = 100) -> Tensor:
     return mean
 
 
-def has_component(distribution: Any, family: type) -> bool:
+def has_component(distribution: Any, family: type | tuple[type, ...]) -> bool:
     """Whether the family stands anywhere below wrappers, transforms and mixtures."""
     return any(isinstance(piece, family) for piece in _pieces(distribution))
 
@@ -245,6 +249,12 @@ def has_component(distribution: Any, family: type) -> bool:
 def is_point(distribution: Any) -> bool:
     """Whether the distribution puts its mass on points (a ``Delta``, also below a transform)."""
     return has_component(distribution, dist.Delta)
+
+
+def weighs_points(distribution: Any) -> bool:
+    """Whether a ``Delta`` below has a log-density, so that its mass is not one."""
+    points = [piece for piece in _pieces(distribution) if isinstance(piece, dist.Delta)]
+    return any(bool((piece.log_density != 0).any()) for piece in points)
 
 
 def is_flat(distribution: Any) -> bool:
@@ -256,7 +266,7 @@ def is_flat(distribution: Any) -> bool:
 def _pieces(distribution: Any) -> Iterator[Any]:
     """Yield a distribution and all that it is built on."""
     yield distribution
-    for name in ("base_dist", "component_distribution", "gate", "slab"):
+    for name in _INNER:
         if hasattr(distribution, name):
             yield from _pieces(getattr(distribution, name))
 

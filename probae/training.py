@@ -17,9 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from .autoencoder import Autoencoder, Kind, local_parameters, seeded
-from .checks import TrainingData, require_gradients, require_pair
-from .corruptions import encoder_input
-from .distributions import base_distribution
+from .checks import TrainingData, is_grey, require_gradients, require_pair
 from .monitoring import (
     bound_on,
     broken_parameter,
@@ -143,7 +141,6 @@ def fit(
     kind = pair.kind  # here, so that replaced parts that do not fit are named
     warmup = getattr(objective, "warmup_epochs", 0.0)
     data = TrainingData(pair, x, "x", binarize)
-    _check_density(pair, objective)
     devices = {pair.device}
     with contextlib.ExitStack() as stack:
         if seed is not None:
@@ -237,7 +234,7 @@ def fit(
         objective=type(objective).__name__,
         kl_method=dict(getattr(objective, "kl_method", {})),
         kind=kind_of_loss(kind, objective),
-        bound_on=bound_on(pair, grey=not binarize and data.is_grey()),
+        bound_on=bound_on(pair, grey=is_grey(monitor) or (not binarize and data.is_grey())),
         seconds=time.perf_counter() - start,
     )
 
@@ -327,21 +324,6 @@ def _check_objective(objective: Any) -> None:
         raise ValueError(
             f"objective {type(objective).__name__} cannot be differentiated here; use probae.ELBO, "
             "pyro.infer.Trace_ELBO or TraceMeanField_ELBO, or train with pyro.infer.SVI"
-        )
-
-
-def _check_density(pair: Autoencoder, objective: pyro.infer.ELBO) -> None:
-    """Refuse what would leave parameters untrained without a word."""
-    if not isinstance(objective, pyro.infer.TraceMeanField_ELBO):
-        return
-    x = torch.zeros(1, *pair.x_shape).to(pair.device, pair.dtype)
-    with seeded(0, {pair.device}), torch.enable_grad(), local_parameters():
-        code = base_distribution(pair.encoder(encoder_input(pair.corruption, x)))
-    log_density = getattr(code, "log_density", None)
-    if isinstance(log_density, Tensor) and log_density.requires_grad:
-        raise ValueError(
-            "objective TraceMeanField_ELBO does not look at the log-density of a point code, "
-            "through which this encoder learns; use probae.ELBO() or pyro.infer.Trace_ELBO()"
         )
 
 
