@@ -181,7 +181,6 @@ def anneal_in_chunks(
     end: Tensor | None = None,
 ) -> Weights:
     """Anneal chunks of the data that fit in memory, one after the other; see :func:`anneal`."""
-    require_gradients("annealed importance sampling")
     rows = max(1, rows_in_budget(pair) // num_chains)
     total = len(x) * annealing.num_temperatures
     parts = []

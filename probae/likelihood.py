@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .annealing import Annealing, anneal_in_chunks, require_annealing
 from .autoencoder import Autoencoder, frozen
-from .checks import check_support, prior_of, require_density, require_pair
+from .checks import check_support, prior_of, require_density, require_gradients, require_pair
 from .datasets import as_tensor
 from .distributions import is_discrete, is_flat
 from .exact import MAX_STATES, closed_form
@@ -285,6 +285,7 @@ def log_likelihood(
     if chosen != "ais" and annealing is not None:
         raise ValueError(f"annealing goes with method='ais', got method={method!r}")
     if chosen == "ais":
+        require_gradients("method='ais'")
         annealing = Annealing() if annealing is None else require_annealing(annealing)
         chains = num_samples or 16
         annealed = anneal_in_chunks(pair, data, chains, annealing, proposal, seed, progress)
