@@ -202,7 +202,7 @@ class Autoencoder(Part, PyroModule):
                 "round; replace both, or build a new pair"
             )
         point, masked = is_point(dry["encoder"]), is_flat(dry["encoder"])
-        if self.factor is not None or self._has_own_programs():
+        if self.factor is not None or self.has_own_programs():
             return Kind.ENERGY
         if is_flat(dry["prior"]):
             if not dry["prior_is_constant"] or not (point or masked):
@@ -256,6 +256,16 @@ class Autoencoder(Part, PyroModule):
             )
         return x
 
+    def __repr__(self) -> str:
+        from .rendering import describe  # it looks at pairs, so it imports this module
+
+        return describe(self)
+
+    def _repr_html_(self) -> str:
+        from .rendering import describe_html
+
+        return describe_html(self)
+
     def _enter(self, x: Tensor) -> None:
         """Check the input, and tell Pyro about every parameter of this very instance."""
         self.check_input(x)
@@ -290,7 +300,7 @@ class Autoencoder(Part, PyroModule):
                 held |= {f"{path}.{name}_unconstrained" for name in module._pyro_params}
         return held
 
-    def _has_own_programs(self) -> bool:
+    def has_own_programs(self) -> bool:
         """Whether model or guide were overridden, so that the parts do not tell what they hold."""
         own = {name: vars(Autoencoder)[name].__get__(self) for name in ("model", "guide")}
         return any(getattr(self, name) != program for name, program in own.items())

@@ -10,7 +10,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from .autoencoder import Autoencoder, frozen
-from .checks import prior_of, require_density, require_pair
+from .checks import prior_of, require_density, require_parts
 from .distributions import is_flat, is_point
 from .memory import counts, rows_in_budget
 from .part import as_number, require_count
@@ -316,7 +316,7 @@ def expected_coverage(
 
 def _guide_of(pair: Autoencoder, proposal: nn.Module | None) -> tuple[nn.Module, Any]:
     """Return the encoder to check, and the corruption it sees x through, or refuse."""
-    require_pair(pair)
+    require_parts(pair)
     if is_flat(prior_of(pair)):
         raise ValueError(
             f"pair is of kind {pair.kind.value}: nothing can be drawn from its flat prior; give it "

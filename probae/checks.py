@@ -86,6 +86,16 @@ def require_pair(pair: Any) -> None:
         )
 
 
+def require_parts(pair: Any) -> None:
+    """Raise a ValueError unless ``pair`` is an :class:`Autoencoder` and its parts are its law."""
+    require_pair(pair)
+    if pair.has_own_programs():
+        raise ValueError(
+            f"pair, {type(pair).__name__}, has a model or guide of its own, so that its parts do "
+            "not tell what p(x) is; write what they add as a part: prior, decoder, or factor"
+        )
+
+
 def require_gradients(what: str) -> None:
     """Raise a ValueError where autograd cannot be switched on."""
     if torch.is_inference_mode_enabled():

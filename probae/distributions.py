@@ -10,6 +10,8 @@ import torch
 from pyro.contrib.zuko import ZukoToPyro  # imports no zuko
 from pyro.distributions import constraints
 from torch import Size, Tensor
+from torch.distributions import Transform, biject_to
+from torch.distributions.transforms import IndependentTransform
 from torch.nn.functional import logsigmoid, softplus
 
 from .part import require_count
@@ -230,6 +232,28 @@ def base_distribution(distribution: Any) -> Any:
     while isinstance(distribution, _WRAPPERS):
         distribution = distribution.base_dist
     return distribution
+
+
+def to_support(distribution: Any) -> Transform:
+    """Return the bijection from unconstrained values to the support, mixtures included.
+
+    Raises:
+        ValueError: the support is none that torch knows a way to.
+    """
+    if isinstance(distribution, dist.MaskedDistribution | dist.ExpandedDistribution):
+        return to_support(distribution.base_dist)
+    if isinstance(distribution, torch.distributions.Independent):
+        inner = to_support(distribution.base_dist)
+        return IndependentTransform(inner, distribution.reinterpreted_batch_ndims)
+    if isinstance(distribution, torch.distributions.MixtureSameFamily):
+        return to_support(distribution.component_distribution)
+    try:
+        return biject_to(distribution.support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{type(distribution).__name__} must have a support that torch knows a bijection to, "
+            f"got {distribution.support}: {error}"
+        ) from error
 
 
 def mean_of(distribution: Any, num_samples: int = 100) -> Tensor:

@@ -95,6 +95,8 @@ class StreamingWeights:
         count, ess = self.seen, self.ess()
         relative_variance = (1 / ess - 1 / count).clamp(min=0) * count / max(count - 1, 1)
         std_error = relative_variance.sqrt() if count > 1 else relative_variance + math.nan
+        # the delta method gives at most one nat; where one weight is all, it knows nothing
+        std_error = torch.where((ess < 2) & (count > 2), math.inf, std_error)
         return self.log_sum - math.log(count), std_error, ess, self.khat()
 
     def khat(self) -> Tensor:

@@ -13,9 +13,17 @@ from tqdm.auto import tqdm
 
 from .annealing import Annealing, anneal_in_chunks, require_annealing
 from .autoencoder import Autoencoder, frozen
-from .checks import check_support, prior_of, require_density, require_gradients, require_pair
+from .checks import (
+    check_support,
+    likelihood_of,
+    prior_of,
+    require_density,
+    require_gradients,
+    require_parts,
+)
+from .corrupted import Replacement
 from .datasets import as_tensor
-from .distributions import is_discrete, is_flat
+from .distributions import GreyBernoulli, has_component, is_discrete, is_flat
 from .exact import MAX_STATES, closed_form
 from .fast_weights import fast_weights
 from .importance import StreamingWeights, plain_weights
@@ -45,14 +53,17 @@ class LogLikelihood(NamedTuple):
     """
 
     values: Tensor  # (N,) nats per datum
-    std_error: Tensor  # (N,) Monte Carlo standard error of each value; 0 where it is exact
-    ess: Tensor | None  # (N,) effective number of importance samples
-    khat: Tensor | None  # (N,) Pareto k of the importance weights; above 0.7 do not trust
+    std_error: Tensor  # (N,) Monte Carlo standard error of each value; 0 where it is exact, inf
+    # where one sample of iwae, or one chain of ais, carries the weight, so that nothing is known
+    ess: Tensor | None  # (N,) effective number of importance samples, or of chains
+    khat: Tensor | None  # (N,) Pareto k of the importance weights; above 0.7 do not trust; NaN
+    # where it cannot be told, as of fewer than 25 samples or of draws that are all the same
     method: str  # "exact" | "elbo" | "iwae" | "ais"
     is_bound: bool  # whether the values are lower bounds in expectation
     num_samples: int  # samples of z per datum, for ais chains; 0 where exact
     dimension: int  # number of dimensions of one datum
     acceptance: Tensor | None = None  # (N,) share of accepted moves, for ais
+    is_density: bool = True  # False where the data are discrete, and the values log-probabilities
 
     @property
     def mean(self) -> float:
@@ -91,8 +102,9 @@ class LogLikelihood(NamedTuple):
             LogLikelihood: of x, in nats per datum; standard errors and diagnostics stay.
 
         Raises:
-            ValueError: ``transform`` is no Transform, changes the number of dimensions or has no
-                finite log-determinant at x, or ``x`` are not as many data of that dimension.
+            ValueError: ``transform`` is no Transform, not invertible, changes the number of
+                dimensions or has no finite log-determinant at x; ``x`` are not as many data of that
+                dimension; the values are probabilities, which no scaling changes.
 
         Example:
             >>> import torch, probae
@@ -103,11 +115,12 @@ class LogLikelihood(NamedTuple):
             >>> bool(ll.before(scale, metres).mean < ll.mean)
             True
         """
-        if not isinstance(transform, Transform):
+        if not isinstance(transform, Transform) or not transform.bijective:
             raise ValueError(
-                "transform must be a torch.distributions Transform, such as AffineTransform(loc, "
-                f"scale), got {type(transform).__name__}"
+                "transform must be an invertible torch.distributions Transform, such as "
+                f"AffineTransform(loc, scale), got {type(transform).__name__}"
             )
+        self._require_density("before", "was scaled or bent")
         data = as_tensor(x, "x").to(self.values.device, torch.float64)
         expected = (len(self.values), self.dimension)
         if (len(data), data[0].numel()) != expected:
@@ -147,7 +160,7 @@ class LogLikelihood(NamedTuple):
 
         for x = (k + u) / L as :func:`probae.dequantize` makes it from L ``levels``. Its
         ``bits_per_dim`` is the one that papers on image models report, whatever the model of the
-        dequantised x, and at least 0.
+        dequantised x, and at least 0 on average over u.
 
         Args:
             levels: L, the number of grey levels that were dequantised, such as ``data.levels``.
@@ -156,7 +169,7 @@ class LogLikelihood(NamedTuple):
             LogLikelihood: a lower bound (Jensen's inequality), in nats per datum.
 
         Raises:
-            ValueError: ``levels`` is no int >= 2.
+            ValueError: ``levels`` is no int >= 2; the values are probabilities already.
 
         Reference:
             Theis, van den Oord & Bethge, A note on the evaluation of generative models, 2016.
@@ -170,18 +183,35 @@ class LogLikelihood(NamedTuple):
             4.0875
         """
         shift = self.dimension * math.log(require_count(levels, "levels", least=2))
-        return self._replace(values=self.values - shift, is_bound=True)
+        self._require_density("discrete", "was dequantised")
+        return self._replace(values=self.values - shift, is_bound=True, is_density=False)
 
     @property
     def unreliable(self) -> float | None:
-        """Share of the data with Pareto k above 0.7; None where no k was computed."""
-        return None if self.khat is None else float((self.khat > KHAT_LIMIT).double().mean())
+        """Share of the data whose value is a bound and no estimate; None for exact and elbo.
+
+        For iwae: Pareto k is above 0.7, or cannot be told. For ais: fewer than two chains count,
+        by the ESS; the converse does not hold, so see :func:`probae.bdmc`.
+        """
+        if self.khat is None or self.ess is None or self.method == "elbo":
+            return None
+        bad = self.ess < 2 if self.method == "ais" else ~(self.khat <= KHAT_LIMIT)
+        return float(bad.double().mean())
+
+    def _require_density(self, name: str, what: str) -> None:
+        if not self.is_density:
+            raise ValueError(
+                f"{name}() is for densities of data that {what}, but these values are "
+                "log-probabilities of discrete data, which need no such correction"
+            )
 
     def __repr__(self) -> str:
         claim = "lower bound" if self.is_bound else "exact"
         samples = f", {self.num_samples} samples" if self.num_samples else ""
         if self.method == "iwae" and self.unreliable:
-            claim += f", Pareto k > {KHAT_LIMIT} on {100 * self.unreliable:.0f} % of the data"
+            claim += f", no estimate for {100 * self.unreliable:.0f} % of the data by Pareto k"
+        if self.method == "ais" and self.ess is not None:
+            claim += f", median ESS {float(self.ess.median()):.1f}"
         return (
             f"LogLikelihood({self.mean:.4f} ± {self.mean_std_error:.4f} nats per datum, "
             f"{len(self.values)} data, {self.method}{samples}, {claim})"
@@ -210,8 +240,10 @@ def log_likelihood(
 
     ``ais`` needs no encoder, so it measures point codes and penalised pairs, too, and is often the
     tighter bound where an encoder is poor; it needs continuous z. Neither its acceptance rate nor
-    its standard error certifies it where the effective number of chains is near one: take more
-    temperatures until the value settles.
+    its standard error certifies it: where fewer than two chains count it warns, take more
+    temperatures until the value settles. With 500 temperatures and 16 chains the mean over data
+    is far better than single values, which may be a nat off; 64 chains bring them within half a nat
+    on a linear-Gaussian pair of 5 latent dimensions.
 
     ``exact`` needs a linear-Gaussian pair (affine mean, one scale, Gaussian prior) or a discrete
     code of at most 2**20 states. Work is cut into chunks of data and of samples, so memory does not
@@ -222,7 +254,7 @@ def log_likelihood(
         x: data (N, *x_shape) in the support of the decoder: tensor, array, path or Dataset.
         method: ``"exact"``, ``"elbo"``, ``"iwae"``, ``"ais"``, or ``"auto"``: exact where there is
             a closed form, else iwae, with a :class:`LikelihoodWarning` that gives the share of
-            data whose Pareto k is above 0.7, where there are any.
+            data whose Pareto k is above 0.7, or cannot be told, where there are any.
         num_samples: K, by default 100 for elbo, 5000 for iwae, 16 chains for ais.
         proposal: an encoder to draw z from in place of the pair's own, for pairs with point codes
             or factors, such as :func:`probae.fit_proposal` makes. The figures are then about
@@ -251,7 +283,7 @@ def log_likelihood(
         >>> ll.values.shape, ll.is_bound
         (torch.Size([4]), True)
     """
-    require_pair(pair)
+    require_parts(pair)
     known = ("auto", "exact", "elbo", "iwae", "ais")
     if method not in known:
         raise ValueError(f"method must be one of {', '.join(known)}, got {method!r}")
@@ -267,7 +299,7 @@ def log_likelihood(
     exact, chosen = closed_form(pair), method
     if method == "auto":
         chosen = "iwae" if exact is None else "exact"
-    dimension = data[0].numel()
+    dimension, is_density = data[0].numel(), _has_density(pair)
     if chosen == "exact":
         if exact is None:
             raise ValueError(
@@ -278,7 +310,9 @@ def log_likelihood(
         with frozen(pair, seed=0):
             values = exact(data)
         zero = torch.zeros_like(values)
-        return LogLikelihood(values, zero, None, None, "exact", False, 0, dimension)
+        return LogLikelihood(
+            values, zero, None, None, "exact", False, 0, dimension, None, is_density
+        )
     if proposal is not None:
         zeros = torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype)
         require_density(pair, proposal, zeros, "proposal")
@@ -292,12 +326,26 @@ def log_likelihood(
         streaming = StreamingWeights(chains, data)
         streaming.add(annealed.log_weights)
         values, std_error, ess, khat = streaming.iwae()
-        return LogLikelihood(
-            values, std_error, ess, khat, "ais", True, chains, dimension, annealed.acceptance
+        ll = LogLikelihood(
+            values,
+            std_error,
+            ess,
+            khat,
+            "ais",
+            True,
+            chains,
+            dimension,
+            annealed.acceptance,
+            is_density,
         )
+        if ll.unreliable:
+            warnings.warn(_advice(pair, ll), LikelihoodWarning, stacklevel=2)
+        return ll
     samples = num_samples or {"elbo": 100, "iwae": 5000}[chosen]
     values, std_error, ess, khat = _weighed(pair, data, chosen, samples, proposal, seed, progress)
-    ll = LogLikelihood(values, std_error, ess, khat, chosen, True, samples, dimension)
+    ll = LogLikelihood(
+        values, std_error, ess, khat, chosen, True, samples, dimension, None, is_density
+    )
     if method == "auto" and ll.unreliable:
         warnings.warn(_advice(pair, ll), LikelihoodWarning, stacklevel=2)
     return ll
@@ -331,17 +379,31 @@ def _weighed(
     return [torch.cat(column) for column in zip(*results, strict=True)]
 
 
+def _has_density(pair: Autoencoder) -> bool:
+    """Whether p(x) is a density, and no probability of discrete data, nor a mixture of both."""
+    likelihood = likelihood_of(pair)
+    discrete = has_component(likelihood, (GreyBernoulli, Replacement))
+    return not (discrete or likelihood.support.is_discrete)
+
+
 def _advice(pair: Autoencoder, ll: LogLikelihood) -> str:
-    """Say how many data the importance samples do not serve, and what would serve them."""
+    """Say how many data the samples do not serve, and what would serve them."""
+    share = f"{100 * (ll.unreliable or 0):.0f} % of {len(ll.values)} data"
+    bounds = "their values are lower bounds and cannot be trusted as estimates"
+    if ll.method == "ais":
+        return (
+            f"one of {ll.num_samples} chains carries nearly all the weight for {share}: {bounds}; "
+            "take more num_temperatures, or start='encoder', and see probae.bdmc for how loose "
+            "such values are on data of the model"
+        )
     better = (
         f"more samples (num_samples > {ll.num_samples}) or a better proposal"
         if is_discrete(prior_of(pair))
         else "method='ais'"
     )
     return (
-        f"Pareto k is above {KHAT_LIMIT} for {100 * (ll.unreliable or 0):.0f} % of "
-        f"{len(ll.values)} data: their values, by {ll.num_samples} importance samples, are lower "
-        f"bounds and cannot be trusted as estimates; use {better}"
+        f"Pareto k of {ll.num_samples} importance samples is above {KHAT_LIMIT}, or cannot be "
+        f"told, for {share}: {bounds}; use {better}"
     )
 
 
@@ -349,23 +411,27 @@ class Comparison(NamedTuple):
     """Difference of two models on the same data, in nats per datum.
 
     Example:
-        >>> Comparison(1.5, 0.1, 200, "exact", "exact")
+        >>> Comparison(1.5, 0.1, 200, False, False)
         Comparison(+1.5000 ± 0.1000 nats per datum in favour of the first, 200 data, paired)
     """
 
     difference: float  # mean of the first less the second
     std_error: float  # of that mean, over the data
     num_data: int
-    first_method: str
-    second_method: str
+    first_is_bound: bool  # whether its values are lower bounds
+    second_is_bound: bool
 
     def __repr__(self) -> str:
         better = "first" if self.difference >= 0 else "second"
-        bounds = {self.first_method, self.second_method} - {"exact"}
-        note = "; a difference of lower bounds, which is no bound" if bounds else ""
+        notes = {
+            (True, True): "; a difference of lower bounds, which is no bound",
+            (True, False): "; a lower bound on the difference, in expectation",
+            (False, True): "; an upper bound on the difference, in expectation",
+        }
         return (
             f"Comparison({self.difference:+.4f} ± {self.std_error:.4f} nats per datum in favour of "
-            f"the {better}, {self.num_data} data, paired{note})"
+            f"the {better}, {self.num_data} data, paired"
+            f"{notes.get((self.first_is_bound, self.second_is_bound), '')})"
         )
 
 
@@ -376,8 +442,8 @@ def compare(first: LogLikelihood, second: LogLikelihood) -> Comparison:
               se = \frac{sd(d)}{\sqrt N}
 
     Data differ in how likely they are under any model, and the pairing takes that out: the standard
-    error is often far below those of the two means. Where a value is a lower bound, the difference
-    is one of bounds.
+    error is often far below those of the two means. Where values are lower bounds, the result says
+    what their difference is. That the data are the same cannot be checked: only their number is.
 
     Args:
         first: of one model, from :func:`log_likelihood`.
@@ -387,7 +453,8 @@ def compare(first: LogLikelihood, second: LogLikelihood) -> Comparison:
         Comparison: difference and standard error, nats per datum.
 
     Raises:
-        ValueError: an argument is no :class:`LogLikelihood`, or the two are not of the same data.
+        ValueError: an argument is no :class:`LogLikelihood`, the two are not of as many data of the
+            same dimension, or one is of densities and the other of probabilities.
 
     Example:
         >>> import torch, probae
@@ -408,12 +475,17 @@ def compare(first: LogLikelihood, second: LogLikelihood) -> Comparison:
             f"{len(first.values)} data of dimension {first.dimension} and {len(second.values)} of "
             f"dimension {second.dimension}"
         )
+    if first.is_density != second.is_density:
+        raise ValueError(
+            "first and second must both be densities, or both probabilities, got one of each: "
+            "their difference has the units of x; for dequantised data take .discrete(levels)"
+        )
     difference = first.values.double().cpu() - second.values.double().cpu()
     spread = float(difference.std()) if len(difference) > 1 else math.nan
     return Comparison(
         float(difference.mean()),
         spread / math.sqrt(len(difference)),
         len(difference),
-        first.method,
-        second.method,
+        first.is_bound,
+        second.is_bound,
     )

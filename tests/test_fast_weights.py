@@ -79,8 +79,8 @@ def test_products_of_sigmoids_neither_underflow_nor_lose_digits(width: int) -> N
         s = scale * torch.randn(6, width, generator=torch.Generator().manual_seed(0))
         exact = nn.functional.logsigmoid(s.double()).sum(-1)
         error = (log_sigmoid_sum_(s.clone()).double() - exact).abs()
-        # plain summation in float32 loses as much
-        assert (error <= 1e-6 * width + 1e-6 * exact.abs()).all(), (width, scale, error)
+        # 2e-7 a factor, and a few roundings of the sum
+        assert (error <= 3e-7 * width + 5e-7 * exact.abs()).all(), (width, scale, error)
 
 
 def test_the_fast_path_is_reproducible() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions.transforms import (
+    AbsTransform,
     AffineTransform,
     ComposeTransform,
     LowerCholeskyTransform,
@@ -347,7 +348,9 @@ def test_pareto_k_where_there_is_no_tail() -> None:
     two_larger = torch.zeros(200, 1)
     two_larger[:2] = 1.0
     impossible = torch.full((200, 1), -math.inf)
-    khat = pareto_khat(torch.cat([torch.zeros(200, 1), two_larger, impossible], 1), 4000)
+    rounding = 1e-12 * torch.rand(200, 1, dtype=torch.float64)
+    same = torch.zeros(200, 1)  # as of draws that are all one code
+    khat = pareto_khat(torch.cat([rounding, two_larger, impossible, same], 1), 4000)
     assert khat[0] == 0
     assert khat[1:].isnan().all()
 
@@ -367,7 +370,7 @@ def test_comparison_is_paired() -> None:
     swapped = probae.compare(second, first)
     assert swapped.difference == -found.difference
     bound = probae.log_likelihood(models[1], x, "elbo", 5)
-    assert "difference of lower bounds" in repr(probae.compare(first, bound))
+    assert "an upper bound on the difference" in repr(probae.compare(first, bound))
 
 
 def test_comparison_of_other_data_is_refused() -> None:
@@ -404,7 +407,9 @@ def test_auto_warns_of_data_it_cannot_be_trusted_on_and_names_the_way_out() -> N
     assert share > 0.5
     assert ll.unreliable == share
     assert f"for {100 * share:.0f} % of 40 data" in str(caught[0].message)
-    assert f"Pareto k > 0.7 on {100 * share:.0f} % of the data" in repr(ll)
+    with pytest.warns(probae.LikelihoodWarning, match="cannot be told, for 100 %"):
+        assert probae.log_likelihood(pair, x, num_samples=20).unreliable == 1  # too few for a tail
+    assert f"no estimate for {100 * share:.0f} % of the data by Pareto k" in repr(ll)
     better = probae.log_likelihood(pair, x, "ais", annealing=probae.Annealing(50))
     grid = torch.linspace(-9, 9, 20_001, dtype=torch.float64)[:, None]
     with torch.no_grad():
@@ -489,11 +494,12 @@ def test_probabilities_of_grey_levels_sum_to_at_most_one() -> None:
     [
         (lambda ll, x: ll.discrete(1), "levels must be an int >= 2"),
         (lambda ll, x: ll.discrete(2.5), "levels must be an int >= 2"),
-        (lambda ll, x: ll.before(lambda x: 2 * x, x), "transform must be a torch.distributions"),
+        (lambda ll, x: ll.before(lambda x: 2 * x, x), "transform must be an invertible torch.dist"),
         (lambda ll, x: ll.before(AffineTransform(0, 2), x[:3]), "x must be the 5 data of dim"),
         (lambda ll, x: ll.before(AffineTransform(0, 2), x[:, :1]), "x must be the 5 data of dim"),
         (lambda ll, x: ll.before(SigmoidTransform().inv, x + 9), "must lie in the domain"),
-        (lambda ll, x: ll.before(LowerCholeskyTransform(), x), "must lie in the domain"),
+        (lambda ll, x: ll.before(LowerCholeskyTransform(), x), "must be an invertible"),
+        (lambda ll, x: ll.before(AbsTransform(), x), "must be an invertible"),
         (lambda ll, x: ll.before(AffineTransform(0, 0), x), "has no finite log-determinant"),
         (lambda ll, x: ll.before(AffineTransform(0, 2), x * math.nan), "x .*NaN|x .*finite"),
         (lambda ll, x: ll.before(StickBreakingTransform(), x), "must keep the number of dimen"),
@@ -505,3 +511,51 @@ def test_bad_preprocessing_is_refused(call: object, message: str) -> None:
     ll = probae.log_likelihood(probae.PPCA(2, 1), x)
     with pytest.raises(ValueError, match=message):
         call(ll, x)
+
+
+def test_auto_sees_through_draws_that_are_all_the_same() -> None:
+    pair, x = discrete(probae.BernoulliPrior(24), 24), binary(5, 5)
+    with torch.no_grad():  # a saturated encoder
+        pair.encoder.network.output.weight.mul_(1e4)
+    with pytest.warns(probae.LikelihoodWarning):
+        ll = probae.log_likelihood(pair, x, num_samples=200)
+    assert ll.ess.min() == pytest.approx(200)  # which alone would look perfect
+    assert ll.unreliable == 1
+
+
+def test_standard_error_is_unknown_where_one_sample_carries_the_weight() -> None:
+    streaming = importance.StreamingWeights(100, torch.zeros(2, 1))
+    weights = torch.zeros(100, 2, dtype=torch.float64)
+    weights[0, 1] = 50.0
+    streaming.add(weights)
+    _, std_error, ess, _ = streaming.iwae()
+    assert std_error.tolist() == [0.0, math.inf]
+    assert ess.tolist() == pytest.approx([100.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "density"),
+    [("bernoulli", False), ("poisson", False), ("discretized-logistic", False), ("gaussian", True)],
+)
+def test_probabilities_take_no_volume_correction(likelihood: str, density: bool) -> None:
+    pair, x = probae.VAE(3, 2, likelihood=likelihood), torch.ones(4, 3)
+    ll = probae.log_likelihood(pair, x, "iwae", 30)
+    assert ll.is_density is density
+    calls = (lambda a: a.discrete(4), lambda a: a.before(AffineTransform(0, 2.0), x / 2))
+    if density:
+        assert not ll.discrete(4).is_density
+        ll = ll.discrete(4)
+    for call in calls:
+        with pytest.raises(ValueError, match="are log-probabilities of discrete data"):
+            call(ll)
+
+
+def test_a_comparison_says_what_it_is() -> None:
+    pair, x = probae.PPCA(3, 1), torch.randn(9, 3)
+    exact, bound = (probae.log_likelihood(pair, x, method) for method in ("exact", "elbo"))
+    assert repr(probae.compare(exact, exact)).endswith("paired)")
+    assert "; an upper bound on the difference" in repr(probae.compare(exact, bound))
+    assert "; a lower bound on the difference" in repr(probae.compare(bound, exact))
+    assert "which is no bound" in repr(probae.compare(exact.discrete(2), bound.discrete(2)))
+    with pytest.raises(ValueError, match="both be densities, or both probabilities"):
+        probae.compare(exact, exact.discrete(2))

@@ -16,7 +16,7 @@ def test_annealing_is_tighter_than_importance_samples_and_its_gap_below_a_nat() 
     for row in result["rows"][1:]:
         assert row["gain"] >= -0.1
     for bounds in result["gaps"].values():
-        assert bounds["gap"] < 1
+        assert -3 * bounds["gap_std_error"] < bounds["gap"] < 1
 
 
 @pytest.mark.usefixtures("mnist")
