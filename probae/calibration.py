@@ -39,7 +39,7 @@ class CalibrationRanks(NamedTuple):
     @property
     def table(self) -> Tensor:
         """Ranks of all quantities, (S, Q), in the order of ``names``."""
-        return torch.cat([self.ranks.flatten(1), self.statistic_ranks], 1)
+        return torch.cat([self.ranks.reshape(len(self.ranks), -1), self.statistic_ranks], 1)
 
     def histogram(self, bins: int | None = None) -> Tensor:
         """Count the simulations whose rank falls in each bin, (Q, bins).
@@ -172,7 +172,7 @@ def simulation_based_calibration(
         of_x = [log_likelihood[..., None]]
         if statistic is not None:
             of_x.append(_checked(statistic(z, x), z))
-        return [z.flatten(2), *of_x]
+        return [z.reshape(*z.shape[:2], -1), *of_x]
 
     columns = []
     with frozen(pair, seed), frozen(encoder, None):
@@ -183,7 +183,7 @@ def simulation_based_calibration(
             equal = [torch.zeros_like(count) for count in below]
             for block in blocks:
                 draws = draw(block)
-                same = (draws == z).flatten(2).all(2)[..., None]  # (K, N, 1)
+                same = (draws == z).reshape(block, len(z), -1).all(2)[..., None]  # (K, N, 1)
                 for j, values in enumerate(quantities(draws, x)):
                     # equal codes have equal statistics, which may round differently in a batch
                     tied = (values == truth[j]) | (same if j > 0 else False)
@@ -302,7 +302,7 @@ def expected_coverage(
             for block in blocks:
                 draws = draw(block)
                 values = log_density(draws)
-                tied = (values == truth) | (draws == z).flatten(2).all(2)
+                tied = (values == truth) | (draws == z).reshape(block, len(z), -1).all(2)
                 above += ((values > truth) & ~tied).sum(0)
                 equal += tied.sum(0)
             within = torch.rand_like(truth, dtype=torch.float64)
@@ -414,6 +414,9 @@ def _chi_square(observed: Tensor, expected: Tensor) -> Tensor:
 
 
 def _names(name: str, shape: tuple[int, ...]) -> Iterator[str]:
+    if not shape:  # one number
+        yield name
+        return
     for place in torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, len(shape)).tolist():
         yield f"{name}[{', '.join(map(str, place))}]"
 

@@ -223,7 +223,7 @@ def _great_circle(start: Tensor, end: Tensor, t: Tensor, z_ndim: int) -> Tensor:
 def _gaussian(pair: Autoencoder, prior: Any) -> tuple[Tensor, Tensor]:
     """Return mean and scales of a Gaussian prior, or refuse another."""
     base = base_distribution(prior)
-    if not isinstance(base, Normal) or is_flat(prior):
+    if not isinstance(base, Normal) or is_flat(prior) or not pair.z_shape:
         raise ValueError(
             "kind='spherical' needs a Gaussian prior with independent coordinates, got "
             f"{'a flat one' if is_flat(prior) else type(base).__name__}: only that has its mass "

@@ -65,7 +65,8 @@ def sample(pair: Autoencoder, num_samples: int = 1, *, seed: int | None = None) 
             f"pair is of kind {pair.kind.value}: nothing can be drawn from its flat prior; give it "
             "a proper one, such as prior='normal'"
         )
-    with frozen(pair, seed):
+    # not the stream that log_likelihood has at this seed: its proposals would hold these very codes
+    with frozen(pair, None if seed is None else seed + 1_000_003):
         z = pair.prior().sample(torch.Size((num_samples,)))
         return Samples(pair.decoder(z).sample().to(pair.dtype), z)
 

@@ -67,6 +67,12 @@ class Run(NamedTuple):
             f"{last})"
         )
 
+    def summary(self) -> str:
+        """Return first, best and last epoch as a small table, and what its numbers are about."""
+        from .rendering import summarize
+
+        return summarize(self)
+
 
 def fit(
     pair: Autoencoder,

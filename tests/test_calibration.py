@@ -534,3 +534,25 @@ def test_every_proper_prior_goes_through(prior: str) -> None:
     pair = vae(prior=prior)
     assert simulation_based_calibration(pair, 20, 5).ranks.shape == (20, 2)
     assert expected_coverage(pair, 20, 5).credibility.shape == (20,)
+
+
+def test_codes_of_one_number_are_ranked_too() -> None:
+    class Normal(torch.nn.Module):
+        def forward(self) -> torch.distributions.Distribution:
+            return dist.Normal(torch.tensor(0.0), torch.tensor(1.0))
+
+    class Posterior(torch.nn.Module):
+        def forward(self, x: Tensor) -> torch.distributions.Distribution:
+            return dist.Normal(x[..., 0] / 2, torch.tensor(0.5**0.5))
+
+    class Decoder(torch.nn.Module):
+        def forward(self, z: Tensor) -> torch.distributions.Distribution:
+            return dist.Normal(z[..., None], 1.0).to_event(1)
+
+    pair = probae.Autoencoder(Normal(), Posterior(), Decoder())
+    ranks = probae.simulation_based_calibration(pair, 300)  # exact: fails in 1 of 1000 seeds
+    assert ranks.names == ("z", "log p(x|z)")
+    assert ranks.p_value > 1e-3
+    assert probae.expected_coverage(pair, 300).p_value > 1e-3
+    with pytest.raises(ValueError, match="kind='spherical' needs a Gaussian prior"):
+        probae.interpolate(pair, torch.ones(2), 2 * torch.ones(2), kind="spherical")
