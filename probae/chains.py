@@ -18,7 +18,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
 from .autoencoder import _WITH_ATOMS, Autoencoder, Kind, frozen, seeded
-from .checks import check_support, chunks, prior_of, require_gradients, require_pair
+from .checks import check_support, chunks, prior_of, require_finite, require_gradients, require_pair
 from .datasets import as_tensor
 from .distributions import has_component, is_discrete, is_flat, mean_of, to_support
 from .part import as_number, require_count, require_flag, require_positive, require_probability
@@ -370,6 +370,14 @@ class PosteriorSamples(NamedTuple):
     acceptance: Tensor  # (chains, N) rate of moves that were accepted
     divergences: Tensor  # (chains, N) number of draws whose trajectory diverged
 
+    def __repr__(self) -> str:
+        chains, draws, data = self.z.shape[:3]
+        return (
+            f"PosteriorSamples({chains} x {draws} draws of z {tuple(self.z.shape[3:])} for {data} "
+            f"data; worst R-hat {float(self.r_hat.max()):.3f}, least ESS "
+            f"{float(self.ess.min()):.0f}, {int(self.divergences.sum())} divergences)"
+        )
+
 
 def posterior_samples(
     pair: Autoencoder,
@@ -386,9 +394,10 @@ def posterior_samples(
 
     The encoder takes no part, so that the draws show what it approximates. ``pair.model`` is
     sampled by :class:`pyro.infer.NUTS` or :class:`pyro.infer.HMC`, one datum and one chain after
-    the other, started at draws from the prior; x_tilde, and a factor, stand aside. A step takes
-    about a millisecond: this is for single data. Where the posterior has several modes, chains may
-    stay in one each; then R-hat is far above 1.
+    the other, started at draws from the prior; x_tilde, and a factor, stand aside. A draw takes
+    some ten steps of about a millisecond each: this is for single data. Where the posterior has
+    several modes, chains may stay in one each; then R-hat is far above 1. For ArviZ:
+    ``az.from_dict(posterior={"z": draws.z.numpy()})``.
 
     Args:
         pair: a pair with a proper, continuous prior.
@@ -397,7 +406,7 @@ def posterior_samples(
         method: ``"nuts"``, or ``"hmc"`` with trajectories of up to 2.5 standard deviations.
         num_chains: independent chains per datum; R-hat means more with four.
         warmup: draws before these, in which the step size is adapted, and the mass matrix (a dense
-            one, up to 100 latent dimensions; else a diagonal one).
+            one, up to 10 latent dimensions; else a diagonal one).
         target_acceptance: that the step size is adapted to; raise it where trajectories diverge.
         seed: of all draws; None draws from torch's global stream.
 
@@ -420,6 +429,7 @@ def posterior_samples(
         torch.Size([1, 2])
     """
     require_pair(pair)
+    require_finite(pair)
     num_samples = require_count(num_samples, "num_samples", least=4)
     num_chains = require_count(num_chains, "num_chains")
     warmup = require_count(warmup, "warmup")
@@ -445,7 +455,7 @@ def posterior_samples(
         kernel = kernels[method](
             model,
             target_accept_prob=target_acceptance,
-            full_mass=math.prod(pair.z_shape) <= 100,  # codes of one datum are often correlated
+            full_mass=math.prod(pair.z_shape) <= 10,  # above, a dense one costs more than it gains
             transforms={"z": to_support(prior).inv},
             init_strategy=init_to_sample,
         )

@@ -94,6 +94,17 @@ def require_parts(pair: Any) -> None:
             f"pair, {type(pair).__name__}, has a model or guide of its own, so that its parts do "
             "not tell what p(x) is; write what they add as a part: prior, decoder, or factor"
         )
+    require_finite(pair)
+
+
+def require_finite(pair: Autoencoder) -> None:
+    """Raise a ValueError where a parameter is NaN or infinite, as after a fit that diverged."""
+    for name, parameter in pair.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"pair has a parameter that is not finite, {name}: fit it again with a lower lr, "
+                "or load it from before"
+            )
 
 
 def require_gradients(what: str) -> None:

@@ -517,6 +517,11 @@ def _report(ll: LogLikelihood, record: Record) -> str:
     if record["dequantize"]:
         grey = ll.discrete(record["dequantize"]).bits_per_dim
         lines.append(f"                at most {grey:.4f} for the grey levels themselves")
+    if ll.method == "ais" and ll.ess is not None and ll.acceptance is not None:
+        lines.append(
+            f"chains:         {float(ll.ess.median()):.1f} of {ll.num_samples} count (median ESS), "
+            f"{100 * float(ll.acceptance.mean()):.0f} % of moves accepted"
+        )
     share = untrusted(ll)
     if share is not None and ll.method == "iwae":
         lines.append(f"Pareto k > 0.7: {100 * share:.1f} % of the data")

@@ -39,6 +39,8 @@ def fast_weights(pair: Autoencoder, proposal: nn.Module | None) -> Callable[[Ten
         or type(decoder.network) is not MLP
         or not all(type(m) in _IN_PLACE or type(m) in _LAYERS for m in decoder.network.modules())
         or any(m._forward_hooks or m._forward_pre_hooks for m in pair.modules())
+        or any(isinstance(m, nn.Linear) and m.bias is None for m in decoder.modules())
+        or torch.is_autocast_enabled(pair.device.type)
         or pair.dtype not in (torch.float32, torch.float64)
     ):
         return None

@@ -12,7 +12,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, Normal
 
 from .autoencoder import Autoencoder, frozen
-from .checks import check_support, prior_of, require_pair
+from .checks import check_support, prior_of, require_finite, require_pair
 from .corruptions import encoder_input
 from .datasets import as_tensor
 from .distributions import base_distribution, is_discrete, is_flat, mean_of
@@ -82,6 +82,7 @@ def traverse(
         [[[0.0, -1.0], [0.0, 0.0], [0.0, 1.0]]]
     """
     require_pair(pair)
+    require_finite(pair)
     num_steps = require_count(num_steps, "num_steps")
     _require_space(space)
     prior, size = prior_of(pair), math.prod(pair.z_shape)
@@ -165,6 +166,7 @@ def interpolate(
         True
     """
     require_pair(pair)
+    require_finite(pair)
     num_steps = require_count(num_steps, "num_steps", least=2)
     if kind not in ("linear", "spherical"):
         raise ValueError(f"kind must be 'linear' or 'spherical', got {kind!r}")

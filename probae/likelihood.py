@@ -134,7 +134,12 @@ class LogLikelihood(NamedTuple):
                 f"x must lie in the domain of transform ({transform.domain}), datum by datum, got "
                 f"{int(bad.sum())} outside; pass the data before the transform"
             )
-        y = transform(data)
+        try:
+            y = transform(data)
+        except RuntimeError as error:
+            raise ValueError(
+                f"transform does not take x of shape {tuple(data.shape)}: {error}"
+            ) from error
         if y.numel() != data.numel():
             raise ValueError(
                 f"transform must keep the number of dimensions, {self.dimension}, got "
@@ -300,6 +305,11 @@ def log_likelihood(
     if method == "auto":
         chosen = "iwae" if exact is None else "exact"
     dimension, is_density = data[0].numel(), _has_density(pair)
+    if proposal is not None:
+        zeros = torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype)
+        require_density(pair, proposal, zeros, "proposal")
+    if chosen != "ais" and annealing is not None:
+        raise ValueError(f"annealing goes with method='ais', got method={method!r}")
     if chosen == "exact":
         if exact is None:
             raise ValueError(
@@ -313,11 +323,6 @@ def log_likelihood(
         return LogLikelihood(
             values, zero, None, None, "exact", False, 0, dimension, None, is_density
         )
-    if proposal is not None:
-        zeros = torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype)
-        require_density(pair, proposal, zeros, "proposal")
-    if chosen != "ais" and annealing is not None:
-        raise ValueError(f"annealing goes with method='ais', got method={method!r}")
     if chosen == "ais":
         require_gradients("method='ais'")
         annealing = Annealing() if annealing is None else require_annealing(annealing)

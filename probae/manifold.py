@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.distributions import Bernoulli, Categorical, Normal, Poisson
 
 from .autoencoder import Autoencoder, frozen
-from .checks import prior_of, require_gradients, require_pair
+from .checks import prior_of, require_finite, require_gradients, require_pair
 from .corrupted import Replacement, Seen
 from .datasets import as_tensor
 from .distributions import (
@@ -68,6 +68,7 @@ def pullback_metric(pair: Autoencoder, z: Tensor | Any) -> Tensor:
         (torch.Size([7, 2, 2]), True)
     """
     require_pair(pair)
+    require_finite(pair)
     require_gradients("pullback_metric")
     codes = as_tensor(z, "z").to(pair.device, pair.dtype)
     if tuple(codes.shape[1:]) != pair.z_shape:

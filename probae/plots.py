@@ -258,7 +258,7 @@ def traversals(
         title = f"{type(pair).__name__}: decoder means, one coordinate varied around {where}{rest}"
     inches = min(max(0.75 * grid.shape[1], 3.0), 24.0)
     figure, axes = _mosaic(grid, limits, title, inches, margin=0.6)
-    figure.set_figheight(figure.get_figheight() + 0.3)  # for the names of the columns
+    figure.set_figheight(figure.get_figheight() + 0.75)  # names of the columns, and their title
     height, width, gap = grid.shape[2], grid.shape[3], _gap(grid)
     places = range(size) if dimensions is None else dimensions
     axes.set_yticks([d * (height + gap) + (height - 1) / 2 for d in range(len(grid))])
@@ -438,7 +438,8 @@ def _rank_histograms(ranks: CalibrationRanks, bins: int | None, title: str) -> F
 
 _READING = (
     "a coordinate high at both ends: encoder too narrow; in the middle: too wide; at one end: off "
-    "to the other side"
+    "to the other side. log p(x|z) high at the right: draws of the encoder fit x worse than the "
+    "true code does"
 )
 
 
@@ -450,17 +451,18 @@ def _rank_lines(ranks: CalibrationRanks, title: str) -> Figure:
     tables = ranks.histogram(ends).cpu().double().numpy()  # (Q, L + 1)
     lines = tables.cumsum(1)[:, :-1] / total - uniform
     spread = np.sqrt(uniform * (1 - uniform) / total)
-    draws = np.random.default_rng(0).multinomial(total, np.full(ends, 1 / ends), size=2000)
+    draws = np.random.default_rng(0).multinomial(total, np.full(ends, 1 / ends), size=20_000)
     far = np.abs(draws.cumsum(1)[:, :-1] / total - uniform) / spread
-    band = np.pad(np.quantile(far.max(1), 0.99) * spread, 1)
+    limit = np.quantile(far.max(1), 1 - 0.01 / len(lines))
+    worth = (np.abs(lines) / spread).max(1)  # how far each line goes out, in units of the band's
+    band = np.pad(limit * spread, 1)
     lines = np.pad(lines, ((0, 0), (1, 1)))
     figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.fill_between(
-        ticks, -band, band, color="C0", alpha=0.25, linewidth=0, label="99 % of uniform lines"
+        ticks, -band, band, color="C0", alpha=0.25, linewidth=0, label="99 % band for all lines"
     )
-    p_values = ranks.p_values.cpu().numpy() * len(lines)
-    worst = [int(q) for q in p_values.argsort()[:8] if p_values[q] < 0.01]
+    worst = [int(q) for q in (-worth).argsort()[:8] if worth[q] > limit]
     rest = [q for q in range(len(lines)) if q not in worst]
     for q in rest:
         label = f"{'the other ' if worst else ''}{len(rest)} quantities" if q == rest[0] else None
@@ -473,7 +475,7 @@ def _rank_lines(ranks: CalibrationRanks, title: str) -> Figure:
     axes.set_xlabel(f"share of the {ranks.num_draws} draws below the code\n{_SLOPES}")
     axes.set_ylabel("distribution function of the ranks,\nless the uniform one")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     _set_title(figure, title)
     return figure
 

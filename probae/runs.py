@@ -148,7 +148,7 @@ def measure(
 ) -> tuple[LogLikelihood, str]:
     """Return the log-likelihood of data in the form the pair was trained on, and what to note."""
     if method == "exact" and num_samples is not None:
-        raise ValueError("--num-samples goes with --method elbo and iwae, not exact")
+        raise ValueError("--num-samples goes with --method elbo, iwae and ais, not exact")
     x, note = as_measured(pair, record, x, levels, seed)
     progress = sys.stderr.isatty()
     with warnings.catch_warnings():  # the report says it

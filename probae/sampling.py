@@ -65,8 +65,9 @@ def sample(pair: Autoencoder, num_samples: int = 1, *, seed: int | None = None) 
             f"pair is of kind {pair.kind.value}: nothing can be drawn from its flat prior; give it "
             "a proper one, such as prior='normal'"
         )
-    # not the stream that log_likelihood has at this seed: its proposals would hold these very codes
-    with frozen(pair, None if seed is None else seed + 1_000_003):
+    with frozen(pair, seed):
+        if seed is not None:  # log_likelihood at this very seed would propose these very codes
+            torch.manual_seed((seed + 1_000_003) % 2**32)
         z = pair.prior().sample(torch.Size((num_samples,)))
         return Samples(pair.decoder(z).sample().to(pair.dtype), z)
 

@@ -480,7 +480,7 @@ def test_fit_refuses(tmp_path: Path, files: Path, arguments: str, message: str) 
     [
         ("-k 0", "num_samples must be an int >= 1, got 0"),
         ("--method exact", "method='exact' needs a linear-Gaussian pair"),
-        ("--method exact -k 5", "--num-samples goes with --method elbo and iwae"),
+        ("--method exact -k 5", "--num-samples goes with --method elbo, iwae and ais"),
         ("--start encoder", "--temperatures and --start go with --method ais"),
         ("--method iwae --temperatures 9", "--temperatures and --start go with --method ais"),
         ("--method ais --temperatures 0", "num_temperatures must be an int >= 1, got 0"),

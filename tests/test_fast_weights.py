@@ -128,6 +128,12 @@ def with_hook() -> probae.Autoencoder:
     return pair
 
 
+def without_bias() -> probae.Autoencoder:
+    pair = vae()
+    pair.decoder.network.output.bias = None
+    return pair
+
+
 OTHERS: dict[str, Callable[[], probae.Autoencoder]] = {
     "a program of its own": lambda: OwnModel(X, 3),
     "a decoder of its own": lambda: probae.Autoencoder(
@@ -155,6 +161,7 @@ OTHERS: dict[str, Callable[[], probae.Autoencoder]] = {
         probae.BernoulliDecoder(probae.MLP(3, X, unit_norm=True)),
     ),
     "a hook": with_hook,
+    "no bias": without_bias,
     "half precision": lambda: vae().bfloat16(),
 }
 
@@ -172,3 +179,8 @@ def test_the_whole_pair_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in pair.state_dict().items())
     assert all(parameter.grad is None for parameter in pair.parameters())
     assert set(module._IN_PLACE) == {nn.Tanh, nn.Sigmoid, nn.ReLU}
+
+
+def test_autocast_takes_the_plain_path() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast_weights(vae(), None) is None

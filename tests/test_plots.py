@@ -364,6 +364,9 @@ def test_figures_of_calibration_and_walks_render_inside() -> None:
     pair = probae.VAE((6, 5), 12, hidden=(8,))
     title = r"a $name that is no $\formula, " + "and goes on and on " * 5
     for figure in (
+        traversals(pair),
+        traversals(pair, dimensions=[0]),
+        traversals(pair, num_steps=3, dimensions=[1]),
         traversals(pair, title=title),
         traversals(pair, dimensions=[0], num_steps=1, title=title),
         calibration_ranks(ranks_of(1), title=title),
