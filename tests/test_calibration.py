@@ -517,7 +517,7 @@ def test_levels_out_of_range_are_refused(levels: Any) -> None:
 def test_an_encoder_that_broke_is_refused(check: Callable[..., Any]) -> None:
     pair = vae()
     pair.encoder.network.output.bias.data[:2] = math.nan  # of the means; torch refuses scales
-    with pytest.raises(ValueError, match="encoder draws codes that are not finite"):
+    with pytest.raises(ValueError, match="has a parameter that is not finite, encoder"):
         check(pair, 20, 3)
 
 

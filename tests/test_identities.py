@@ -293,11 +293,11 @@ def evidence(pair: Autoencoder, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["laplace", "laplace-from-encoder", "exponential"])
 def test_annealed_weights_are_unbiased_in_both_directions(name: str) -> None:
     # E w / p(x) = 1 forwards and E p(x) / w' = 1 backwards, at any schedule; z-tests at four
-    # standard errors over 3000 data, two a case: one fails by chance in about 8000 seeds
+    # standard errors over 4000 data, two a case: one fails by chance in about 8000 seeds
     pair, start = skewed(name)
     # long steps, of which few are accepted, so that a wrong rule of acceptance would show
     options = Annealing(6, 1, start, "linear", target_acceptance=0.3, num_pilot=5)
-    sandwich = probae.bdmc(pair, 3000, 2, annealing=options, seed=1)
+    sandwich = probae.bdmc(pair, 4000, 2, annealing=options, seed=1)
     exact = evidence(pair, sandwich.x)
     for ratio in ((sandwich.lower - exact).exp(), (exact - sandwich.upper).exp()):
         error = float(ratio.std()) / math.sqrt(len(ratio))
