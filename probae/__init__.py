@@ -1,7 +1,26 @@
 """Probabilistic autoencoders as Pyro guide/model pairs."""
 
+from typing import TYPE_CHECKING
+
 from .annealing import Annealing, Sandwich, bdmc
+from .arviz import to_arviz
 from .autoencoder import Autoencoder, Kind
+from .calibration import (
+    CalibrationRanks,
+    Coverage,
+    expected_coverage,
+    simulation_based_calibration,
+)
+from .chains import (
+    AnnealedSamples,
+    Chain,
+    LangevinChain,
+    PosteriorSamples,
+    annealed_denoising,
+    gsn_chain,
+    langevin,
+    posterior_samples,
+)
 from .corruptions import (
     BitFlip,
     Corruption,
@@ -36,12 +55,21 @@ from .encoders import (
 )
 from .factors import CodeCoupling, ContractivePenalty, jacobian_norm
 from .hashing import NoisySigmoidEncoder, ProbitEncoder, ThresholdEncoder
-from .likelihood import Comparison, LogLikelihood, compare, log_likelihood
+from .latent import Walk, interpolate, traverse
+from .likelihood import (
+    Comparison,
+    LikelihoodWarning,
+    LogLikelihood,
+    compare,
+    log_likelihood,
+)
+from .manifold import pullback_metric
 from .metrics import dead_features, feature_density, fraction_of_variance_unexplained, l0_norm
 from .monitoring import active_units
 from .networks import MLP, ConvNet, DeconvNet, TransposedMLP, UnitNormLinear
-from .objectives import ELBO, IWAE, LinearWarmup
+from .objectives import ELBO, IWAE, LinearWarmup, Walkback
 from .part import Part
+from .parzen import ParzenScore, ParzenWarning, parzen_log_likelihood
 from .presets import (
     PPCA,
     VAE,
@@ -69,6 +97,7 @@ from .priors import (
     VampPrior,
 )
 from .proposals import fit_proposal
+from .rendering import render, trace_shapes
 from .retrieval import binary_codes, hamming_distance, pack_codes, unpack_codes
 from .sampling import Samples, denoise, reconstruct, sample, score
 from .saving import load, save
@@ -89,6 +118,9 @@ from .sparse_encoders import (
 )
 from .training import Run, fit
 
+if TYPE_CHECKING:
+    from .estimator import AutoencoderEstimator
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -98,15 +130,19 @@ __all__ = [
     "MLP",
     "PPCA",
     "VAE",
+    "AnnealedSamples",
     "Annealing",
     "Autoencoder",
+    "AutoencoderEstimator",
     "BernoulliDecoder",
     "BernoulliEncoder",
     "BernoulliPrior",
     "BitFlip",
+    "CalibrationRanks",
     "CategoricalDecoder",
     "CategoricalEncoder",
     "CategoricalPrior",
+    "Chain",
     "CodeCoupling",
     "Comparison",
     "ConditionalBernoulli",
@@ -118,6 +154,7 @@ __all__ = [
     "ConvNet",
     "CorruptedDecoder",
     "Corruption",
+    "Coverage",
     "Decoder",
     "DeconvNet",
     "DenoisingAutoencoder",
@@ -135,8 +172,10 @@ __all__ = [
     "HeteroscedasticGaussianDecoder",
     "JumpReLUEncoder",
     "Kind",
+    "LangevinChain",
     "LaplaceEncoder",
     "LaplacePrior",
+    "LikelihoodWarning",
     "LinearGaussianPosterior",
     "LinearWarmup",
     "LogLikelihood",
@@ -145,9 +184,12 @@ __all__ = [
     "NoisyGateEncoder",
     "NoisySigmoidEncoder",
     "Part",
+    "ParzenScore",
+    "ParzenWarning",
     "PointEncoder",
     "PoissonDecoder",
     "PoissonThinning",
+    "PosteriorSamples",
     "PredictiveSparseDecomposition",
     "ProbitEncoder",
     "Run",
@@ -170,7 +212,10 @@ __all__ = [
     "UndercompleteAutoencoder",
     "UnitNormLinear",
     "VampPrior",
+    "Walk",
+    "Walkback",
     "active_units",
+    "annealed_denoising",
     "as_tensor",
     "bdmc",
     "binarize",
@@ -180,24 +225,48 @@ __all__ = [
     "dead_features",
     "denoise",
     "dequantize",
+    "expected_coverage",
     "feature_density",
     "fit",
     "fit_proposal",
     "fraction_of_variance_unexplained",
+    "gsn_chain",
     "hamming_distance",
+    "interpolate",
     "jacobian_norm",
     "l0_norm",
+    "langevin",
     "lasso",
     "load",
     "load_dataset",
     "log_likelihood",
     "pack_codes",
+    "parzen_log_likelihood",
+    "posterior_samples",
     "pretrain",
+    "pullback_metric",
     "reconstruct",
+    "render",
     "sample",
     "save",
     "score",
+    "simulation_based_calibration",
     "sparse_coding_energy",
     "stack_missing",
+    "to_arviz",
+    "trace_shapes",
+    "traverse",
     "unpack_codes",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "AutoencoderEstimator":  # scikit-learn would add a half to the time of the import
+        from .estimator import AutoencoderEstimator
+
+        return AutoencoderEstimator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import MixtureSameFamily, biject_to
+from tqdm.auto import tqdm
 
 from .autoencoder import Autoencoder, frozen
-from .checks import require_density, require_gradients, require_pair
+from .checks import require_density, require_gradients, require_parts
 from .corruptions import encoder_input
-from .distributions import has_component, is_discrete, is_flat, is_point
+from .distributions import has_component, is_discrete, is_flat, is_point, to_support
+from .memory import rows_in_budget
 from .part import as_number, require_count
 from .sampling import sample
 from .sparse import SpikeAndSlab
@@ -100,13 +101,16 @@ def anneal(
     annealing: Annealing,
     proposal: nn.Module | None = None,
     end: Tensor | None = None,
+    tick: Callable[[int], Any] = lambda steps: None,
 ) -> Weights:
     r"""Anneal chains for each datum; run it inside :func:`frozen`.
 
     .. math:: \log w = \sum_t (\beta_t - \beta_{t-1})
               \log \frac{p(z_{t-1})\,p(x|z_{t-1})}{q(z_{t-1})}, \quad E\,w = p(x)
 
-    Moves are Hamiltonian, in coordinates where z is unconstrained.
+    Moves are Hamiltonian, in coordinates where z is unconstrained and the start is as wide in
+    all directions:
+    one that is narrow in some needs steps that are short in those alone.
 
     Args:
         pair: its prior and decoder are used.
@@ -116,29 +120,34 @@ def anneal(
         proposal: an encoder to start from.
         end: z (N, *z_shape) drawn from the posterior given x; then the path is run backwards from
             it, and -log w is returned, whose expectation is at least log p(x).
+        tick: called after every temperature with the number of data it was done for.
     """
     prior = pair.prior()
     start = _start(pair, x, annealing, proposal)
-    family = start
-    while isinstance(family, MixtureSameFamily):  # torch knows no way to the support of a mixture
-        family = family.component_distribution
-    to_z = biject_to(family.support)
+    to_z = to_support(start)
+
+    def draw(count: int) -> Tensor:
+        return to_z.inv(start.expand(Size((len(x),))).sample(Size((count,))))
+
+    unit = _width(draw(100))  # (N, *z_shape)
 
     def densities(u: Tensor) -> tuple[Tensor, Tensor]:
-        z = to_z(u)
-        volume = to_z.log_abs_det_jacobian(u, z)
+        scaled = unit * u
+        z = to_z(scaled)
+        volume = to_z.log_abs_det_jacobian(scaled, z)  # that of `unit` is a constant
         volume = volume.flatten(2).sum(2) if volume.dim() > 2 else volume
         log_joint = prior.log_prob(z) + pair.decoder(z).log_prob(x)
         return start.log_prob(z).expand(log_joint.shape) + volume, log_joint + volume
 
     def fresh() -> Tensor:
-        return to_z.inv(start.expand(Size((len(x),))).sample(Size((num_chains,))))
+        return draw(num_chains) / unit
 
     pilot = annealing.betas(annealing.num_pilot)
     step_sizes = _tuned(densities, fresh(), pilot, annealing)  # (P, N)
     betas, u = annealing.betas(), fresh()
     if end is not None:
-        u, betas = to_z.inv(end.expand(num_chains, *end.shape)).contiguous(), betas.flip(0)
+        u = (to_z.inv(end.expand(num_chains, *end.shape)) / unit).contiguous()
+        betas = betas.flip(0)
     total = x.new_zeros(num_chains, len(x), dtype=torch.float64)
     accepted = x.new_zeros(len(x))
     log_start, log_end = densities(u)
@@ -147,7 +156,56 @@ def anneal(
         size = _interpolate(step_sizes, pilot[1:], beta)
         u, log_start, log_end, rate = _move(densities, u, beta, size, annealing.num_leapfrogs)
         accepted = accepted + rate.mean(0)
+        tick(len(x))
     return Weights(total if end is None else -total, accepted / (len(betas) - 1))
+
+
+def _width(draws: Tensor) -> Tensor:
+    """Return the interquartile range over the first dimension, finite where no variance is."""
+    ordered, quarter = draws.sort(0).values, len(draws) // 4
+    info, size = torch.finfo(draws.dtype), ordered[len(draws) // 2].abs()
+    # no step below the rounding of u itself: the chain would stand still and look accepted
+    return torch.maximum(ordered[-quarter] - ordered[quarter], size * info.eps + info.tiny)
+
+
+def anneal_in_chunks(
+    pair: Autoencoder,
+    x: Tensor,
+    num_chains: int,
+    annealing: Annealing,
+    proposal: nn.Module | None,
+    seed: int | None,
+    progress: bool,
+    end: Tensor | None = None,
+) -> Weights:
+    """Anneal chunks of the data that fit in memory, one after the other; see :func:`anneal`."""
+    rows = max(1, rows_in_budget(pair) // num_chains)
+    total = len(x) * annealing.num_temperatures
+    parts = []
+    with (
+        frozen(pair, seed),
+        frozen(nn.Module() if proposal is None else proposal, None),
+        tqdm(total=total, disable=not progress, unit="temperature", unit_scale=True) as bar,
+    ):
+        for first in range(0, len(x), rows):
+            chunk = slice(first, first + rows)
+            ends = None if end is None else end[chunk]
+            part = anneal(pair, x[chunk], num_chains, annealing, proposal, ends, bar.update)
+            parts.append(part)
+    return Weights(
+        torch.cat([part.log_weights for part in parts], 1),
+        torch.cat([part.acceptance for part in parts]),
+    )
+
+
+def require_annealing(annealing: Any) -> Annealing:
+    """Return ``annealing`` if it is one, or raise a ValueError."""
+    if not isinstance(annealing, Annealing):
+        raise ValueError(
+            f"annealing must be a probae.Annealing, got {type(annealing).__name__}; for instance "
+            "probae.Annealing(num_temperatures=1000)"
+        )
+    return annealing
 
 
 def _start(pair: Autoencoder, x: Tensor, annealing: Annealing, proposal: nn.Module | None) -> Any:
@@ -251,7 +309,7 @@ class Sandwich(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """Mean of upper less lower: what the annealing loses on such data, at most."""
+        """Mean of upper less lower: in expectation at least what the annealing loses there."""
         return float((self.upper - self.lower).mean())
 
     @property
@@ -261,21 +319,23 @@ class Sandwich(NamedTuple):
         return float(difference.std() / math.sqrt(len(difference)))
 
     def __repr__(self) -> str:
+        lower, upper = float(self.lower.mean()), float(self.upper.mean())
         return (
-            f"Sandwich({float(self.lower.mean()):.4f} <= log p(x) <= "
-            f"{float(self.upper.mean()):.4f} nats per datum on average, gap {self.gap:.4f} ± "
-            f"{self.gap_std_error:.4f}, {len(self.x)} simulated data)"
+            f"Sandwich(lower {lower:.4f}, upper {upper:.4f} nats per datum, bounds on log p(x) in "
+            f"expectation; gap {self.gap:.4f} ± {self.gap_std_error:.4f}, {len(self.x)} simulated "
+            "data)"
         )
 
 
 def bdmc(
     pair: Autoencoder,
     num_data: int = 100,
-    num_chains: int = 8,
+    num_chains: int = 16,
     *,
     annealing: Annealing | None = None,
     proposal: nn.Module | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
+    progress: bool = False,
 ) -> Sandwich:
     r"""Bidirectional Monte Carlo: bounds from both sides on data simulated from the model.
 
@@ -284,7 +344,8 @@ def bdmc(
 
     The code z that made x is an exact draw from the posterior; chains that run backwards from it
     bound log p(x) from above. The gap bounds the error of ``log_likelihood(pair, x, "ais")`` with
-    the same settings, on data that the model makes; on other data it is an indication.
+    the same settings, chains included, on data that the model makes; on other data it is an
+    indication. Both are bounds in expectation: over few data they may cross, by the gap's error.
 
     Args:
         pair: a pair with a proper, continuous prior; it is not changed.
@@ -292,7 +353,8 @@ def bdmc(
         num_chains: chains C per datum, in each direction.
         annealing: temperatures, moves and start; default: ``Annealing()``.
         proposal: an encoder to anneal from; see :func:`probae.log_likelihood`.
-        seed: of data and chains.
+        seed: of data and chains; None draws from the global stream.
+        progress: show a progress bar for each direction.
 
     Returns:
         Sandwich: bounds per datum in nats, the gap and its standard error, and the data.
@@ -311,19 +373,17 @@ def bdmc(
         >>> abs(sandwich.gap) < 0.5
         True
     """
-    require_pair(pair)
+    require_parts(pair)
     require_count(num_data, "num_data", least=2)
     require_count(num_chains, "num_chains")
     require_gradients("bdmc")
-    annealing = Annealing() if annealing is None else annealing
-    if not isinstance(annealing, Annealing):
-        raise ValueError(f"annealing must be a probae.Annealing, got {type(annealing).__name__}")
+    annealing = Annealing() if annealing is None else require_annealing(annealing)
     x, z = sample(pair, num_data, seed=seed)
     if proposal is not None:
         require_density(pair, proposal, x[:2], "proposal")
-    with frozen(pair, seed + 1), frozen(nn.Module() if proposal is None else proposal, None):
-        forward = anneal(pair, x, num_chains, annealing, proposal)
-        backward = anneal(pair, x, num_chains, annealing, proposal, end=z)
+    chains = (num_chains, annealing, proposal, None if seed is None else seed + 1, progress)
+    forward = anneal_in_chunks(pair, x, *chains)
+    backward = anneal_in_chunks(pair, x, *chains, end=z)
     count = math.log(num_chains)
     return Sandwich(
         lower=forward.log_weights.logsumexp(0) - count,

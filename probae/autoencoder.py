@@ -13,17 +13,20 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import Empirical, MaskedDistribution, ZeroInflatedDistribution
 from pyro.nn import PyroModule
 from torch import Size, Tensor, nn
 from torch.distributions import biject_to
 
+from .corrupted import Replacement
 from .corruptions import encoder_input
 from .datasets import as_tensor
-from .distributions import has_component, is_discrete, is_flat, is_point
+from .distributions import has_component, is_discrete, is_flat, is_point, weighs_points
 from .part import Part
 from .sparse import SpikeAndSlab
 
 _LOCAL: contextvars.ContextVar[bool] = contextvars.ContextVar("probae_local", default=False)
+_WITH_ATOMS = (SpikeAndSlab, Replacement, ZeroInflatedDistribution, Empirical)
 _COUNTERS: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
 
 
@@ -173,7 +176,10 @@ class Autoencoder(Part, PyroModule):
         with pyro.plate("data", len(x), dim=-1):
             if self.corruption is not None:
                 x = pyro.sample("x_tilde", self.corruption(x))
-            return pyro.sample("z", self.encoder(x))
+            code = self.encoder(x)
+            if is_point(code):  # Pyro's kl(Delta, p) leaves the Delta's log-density out
+                code = MaskedDistribution(code, True)
+            return pyro.sample("z", code)
 
     @property
     def kind(self) -> Kind:
@@ -196,7 +202,7 @@ class Autoencoder(Part, PyroModule):
                 "round; replace both, or build a new pair"
             )
         point, masked = is_point(dry["encoder"]), is_flat(dry["encoder"])
-        if self.factor is not None:
+        if self.factor is not None or self.has_own_programs():
             return Kind.ENERGY
         if is_flat(dry["prior"]):
             if not dry["prior_is_constant"] or not (point or masked):
@@ -250,6 +256,16 @@ class Autoencoder(Part, PyroModule):
             )
         return x
 
+    def __repr__(self) -> str:
+        from .rendering import describe  # it looks at pairs, so it imports this module
+
+        return describe(self)
+
+    def _repr_html_(self) -> str:
+        from .rendering import describe_html
+
+        return describe_html(self)
+
     def _enter(self, x: Tensor) -> None:
         """Check the input, and tell Pyro about every parameter of this very instance."""
         self.check_input(x)
@@ -262,15 +278,32 @@ class Autoencoder(Part, PyroModule):
             raise ValueError("x is empty: expected at least one datum")
         if _LOCAL.get():
             return
-        store = pyro.get_param_store()
+        store, held = pyro.get_param_store(), self._name_parts()
         for name, parameter in self.named_parameters(prefix=str(self._pyro_name)):
-            if not parameter.requires_grad:
-                continue
+            key = name.removesuffix("_unconstrained") if name in held else name
             # a stale tensor (of a replaced part, or of the original of a copy) would be trained
             # in place of this one, silently
-            if name in store and store[name].unconstrained() is not parameter:
-                del store[name]
-            pyro.param(name, parameter)
+            if key in store and store[key].unconstrained() is not parameter:
+                del store[key]
+            if name not in held and parameter.requires_grad:  # a PyroParam enters by itself
+                pyro.param(name, parameter)
+
+    def _name_parts(self) -> set[str]:
+        """Name the parts that are PyroModules; return the names of their own parameters.
+
+        Inside a plain module Pyro gives them no name, and so would confuse those of two pairs.
+        """
+        held: set[str] = set()
+        for path, module in self.named_modules(prefix=str(self._pyro_name)):
+            if isinstance(module, PyroModule):
+                module._pyro_name = path
+                held |= {f"{path}.{name}_unconstrained" for name in module._pyro_params}
+        return held
+
+    def has_own_programs(self) -> bool:
+        """Whether model or guide were overridden, so that the parts do not tell what they hold."""
+        own = {name: vars(Autoencoder)[name].__get__(self) for name in ("model", "guide")}
+        return any(getattr(self, name) != program for name, program in own.items())
 
     def _sharing(self) -> set[tuple[str, str]]:
         """Return the pairs of parts that share parameters."""
@@ -289,6 +322,7 @@ class Autoencoder(Part, PyroModule):
 
     def _dry_run(self) -> dict[str, Any]:
         """Run the parts on three data; check each distribution's shape; change no state."""
+        self._name_parts()
         with frozen(self, seed=0):
             prior, z = _draw("prior()", self.prior, sample_shape=(3,))
             _expect("prior()", prior, Size(), prior.event_shape)
@@ -330,11 +364,17 @@ def require_compatible(prior: Any, encoder: Any, codes: Tensor, argument: str = 
             f"{argument} is {kinds[0]} but prior is {kinds[1]}: their ratio is no density; pick "
             "both discrete (BernoulliEncoder, BernoulliPrior) or both continuous"
         )
-    atoms = [has_component(d, SpikeAndSlab) for d in (encoder, prior)]
+    if point and is_discrete(prior) and weighs_points(encoder):
+        raise ValueError(
+            f"{argument} is a point (Delta) with a log-density, but on discrete codes a point has "
+            "mass one: leave log_density=0"
+        )
+    atoms = [has_component(d, _WITH_ATOMS) for d in (encoder, prior)]
     if atoms == [True, False] and not point:
         raise ValueError(
-            f"{argument} puts probability on codes of exactly 0 (SpikeAndSlab) but prior has a "
-            "density there: their ratio is no density; use a SpikeAndSlabPrior or SubsetPrior"
+            f"{argument} puts probability on codes of exactly 0 (SpikeAndSlab), or other points, "
+            "but prior has a density there: their ratio is no density; use a SpikeAndSlabPrior or "
+            "SubsetPrior"
         )
     drawn = codes.isfinite().all() and not prior.support.check(codes).all()
     if drawn or (not point and _reaches_outside(encoder, prior.support)):
@@ -387,7 +427,8 @@ def local_parameters() -> Iterator[None]:
     """Run pairs without the global param store: their parameters are those of the module."""
     token = _LOCAL.set(True)
     try:
-        with pyro.get_param_store().scope():  # parts that are PyroModules use a store of their own
+        # parts that are PyroModules use a store of their own; handlers outside do not reach in
+        with pyro.get_param_store().scope(), pyro.poutine.block():
             yield
     finally:
         _LOCAL.reset(token)

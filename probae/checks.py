@@ -86,6 +86,27 @@ def require_pair(pair: Any) -> None:
         )
 
 
+def require_parts(pair: Any) -> None:
+    """Raise a ValueError unless ``pair`` is an :class:`Autoencoder` and its parts are its law."""
+    require_pair(pair)
+    if pair.has_own_programs():
+        raise ValueError(
+            f"pair, {type(pair).__name__}, has a model or guide of its own, so that its parts do "
+            "not tell what p(x) is; write what they add as a part: prior, decoder, or factor"
+        )
+    require_finite(pair)
+
+
+def require_finite(pair: Autoencoder) -> None:
+    """Raise a ValueError where a parameter is NaN or infinite, as after a fit that diverged."""
+    for name, parameter in pair.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"pair has a parameter that is not finite, {name}: fit it again with a lower lr, "
+                "or load it from before"
+            )
+
+
 def require_gradients(what: str) -> None:
     """Raise a ValueError where autograd cannot be switched on."""
     if torch.is_inference_mode_enabled():
@@ -128,7 +149,11 @@ def require_density(pair: Autoencoder, encoder: Any, x: Tensor, argument: str) -
                 f"{type(base_distribution(density)).__name__} with event shape {tuple(shape)}; fit "
                 "one with probae.fit_proposal(pair, x_train)"
             )
-        require_compatible(prior, density, density.sample(torch.Size((16,))), argument)
+        try:
+            codes = density.sample(torch.Size((16,)))
+        except NotImplementedError as error:
+            raise ValueError(f"{argument}(x) must be a density to draw from: {error}") from error
+        require_compatible(prior, density, codes, argument)
 
 
 def likelihood_of(pair: Autoencoder) -> Any:
@@ -143,11 +168,17 @@ def chunks(x: Tensor, rows: int = 8192) -> Iterator[tuple[Tensor, int]]:
         yield x[start : start + rows], start
 
 
+def is_grey(x: Tensor) -> bool:
+    """Whether a value is neither 0 nor 1."""
+    return any(bool(((rows != 0) & (rows != 1)).any()) for rows, _ in chunks(x))
+
+
 class TrainingData:
     """Training data that are indexed by batch: a tensor in memory, or a map-style Dataset."""
 
     def __init__(self, pair: Autoencoder, x: Any, argument: str, binarize: bool) -> None:
         self.pair, self.binarize, self.argument = pair, binarize, argument
+        self.seen_grey = False  # of a Dataset, as its data come by
         self.dataset: Dataset[Any] | None = x if is_map_style(x) else None
         if self.dataset is not None:
             self.size = len(x)
@@ -163,16 +194,15 @@ class TrainingData:
         return self.size
 
     def is_grey(self) -> bool:
-        """Whether a value is neither 0 nor 1; of a Dataset, among its first 1000 data."""
-        first = torch.arange(min(self.size, 1000))
-        x = self.tensor if self.dataset is None else self._items(first)
-        return any(bool(((rows != 0) & (rows != 1)).any()) for rows, _ in chunks(x))
+        """Whether a value is neither 0 nor 1; of a Dataset, among the data seen so far."""
+        return self.seen_grey if self.dataset is not None else is_grey(self.tensor)
 
     def batch(self, index: Tensor) -> Tensor:
         """Return the data at these places, binarised anew where that was asked for."""
         x = self.tensor[index] if self.dataset is None else self._items(index)
         if self.dataset is not None:
             self._check(x)
+            self.seen_grey = self.seen_grey or is_grey(x)
         return torch.bernoulli(x) if self.binarize else x
 
     def _items(self, index: Tensor) -> Tensor:

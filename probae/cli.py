@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, plots
+from .annealing import Annealing
 from .autoencoder import Autoencoder, frozen, seeded
 from .checks import likelihood_of
 from .corruptions import CORRUPTIONS
@@ -235,6 +236,10 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     _option(parser, "--method", text, choices=methods, default="auto")
     text, shown = "samples of z per datum", "100 for elbo, 5000 for iwae, 16 chains for ais"
     _option(parser, "-k --num-samples", text, shown, type=int, metavar="K")
+    text, shown = "of ais; the error falls like 1/T", "500, with ais"
+    _option(parser, "--temperatures", text, shown, type=int, metavar="T")
+    text, shown = "where ais begins; the encoder, where it is good, needs far fewer T", "prior"
+    _option(parser, "--start", text, shown, choices=("prior", "encoder"))
     _option(parser, "--split", "of the data", "test", choices=("test", "val", "train"))
     text = "other data; of a file that the run was not fitted on, every row"
     _option(parser, "--data", text, "those of the run", metavar="NAME|FILE")
@@ -475,14 +480,31 @@ def _wants_binary(args: argparse.Namespace, train: Tensor, bernoulli: bool) -> b
 def _evaluate(args: argparse.Namespace) -> None:
     pair, record = load_run(args.run, args.device)
     x, data, split, levels = _select(args, record)
-    ll, note = measure(pair, record, x, levels, args.method, args.num_samples, args.seed)
-    key = {"data": data, "split": split, "limit": args.limit, "seed": args.seed}
+    annealing = _annealing(args)
+    ll, note = measure(pair, record, x, levels, args.method, args.num_samples, args.seed, annealing)
+    key: Record = {"data": data, "split": split, "limit": args.limit, "seed": args.seed}
+    if annealing is not None:
+        key |= {"temperatures": annealing.num_temperatures, "start": annealing.start}
     append_evaluation(args.run, key, ll, note)
     place = "" if args.data is None else f" of {data}"
     print(f"{record['title']}: {len(ll.values)} data, {split}{place}")
     print(_report(ll, record))
     if note:
         print(f"note: {note}")
+
+
+def _annealing(args: argparse.Namespace) -> Annealing | None:
+    """Return the settings of ais, None for another method."""
+    given = {
+        name: value
+        for name, value in (("num_temperatures", args.temperatures), ("start", args.start))
+        if value is not None
+    }
+    if args.method == "ais":
+        return Annealing(**given)
+    if given:
+        raise ValueError("--temperatures and --start go with --method ais")
+    return None
 
 
 def _report(ll: LogLikelihood, record: Record) -> str:
@@ -493,11 +515,20 @@ def _report(ll: LogLikelihood, record: Record) -> str:
         f"bits per dim:   {ll.bits_per_dim:.4f}",
     ]
     if record["dequantize"]:
-        grey = ll.bits_per_dim + math.log2(record["dequantize"])
+        grey = ll.discrete(record["dequantize"]).bits_per_dim
         lines.append(f"                at most {grey:.4f} for the grey levels themselves")
+    if ll.method == "ais" and ll.ess is not None and ll.acceptance is not None:
+        lines.append(
+            f"chains:         {float(ll.ess.median()):.1f} of {ll.num_samples} count (median ESS), "
+            f"{100 * float(ll.acceptance.mean()):.0f} % of moves accepted"
+        )
     share = untrusted(ll)
     if share is not None and ll.method == "iwae":
         lines.append(f"Pareto k > 0.7: {100 * share:.1f} % of the data")
+        if share > 0:
+            lines.append(
+                "                bounds, not estimates; --method ais is tighter (continuous z)"
+            )
     return "\n".join(lines)
 
 

@@ -92,8 +92,12 @@ class Replacement(dist.TorchDistribution):
             self._validate_sample(value)
         replaced = self.log_replaced(value)
         kept = _log_prob(self.component_distribution, value)
-        if not self.component_distribution.support.is_discrete:  # a density has no mass at a point
-            kept = torch.where(replaced.isneginf(), kept, -math.inf)
+        if not self.component_distribution.support.is_discrete:
+            atom = getattr(self.component_distribution, "log_replaced", lambda x: -math.inf)(value)
+            # of both, the mass of an atom counts alone: a density has none at a point
+            kept = torch.where(
+                replaced.isneginf() | ~torch.as_tensor(atom).isneginf(), kept, -math.inf
+            )
         return torch.logaddexp(replaced, torch.log1p(-self.probability) + kept)
 
     def rsample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
@@ -186,14 +190,14 @@ class Seen(dist.TorchDistribution):
 
     def rsample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
         """Draw with the gradients of p."""
-        return self._mask(self.component_distribution.rsample(sample_shape))
+        return self._hide(self.component_distribution.rsample(sample_shape))
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
         """Draw without gradients."""
         with torch.no_grad():
-            return self._mask(self.component_distribution.sample(sample_shape))
+            return self._hide(self.component_distribution.sample(sample_shape))
 
-    def _mask(self, x: Tensor) -> Tensor:
+    def _hide(self, x: Tensor) -> Tensor:
         mask = torch.rand(x.shape, device=x.device) >= self.probability
         return torch.stack([torch.where(mask, x, 0), mask.to(x.dtype)], -self.x_ndim - 1)
 

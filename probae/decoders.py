@@ -375,7 +375,7 @@ class CorruptedDecoder(Part):
         ...     ),
         ... )
         >>> x = probae.stack_missing(torch.tensor([[0.0, 1.0, float("nan"), 1.0] * 2] * 5))
-        >>> probae.log_likelihood(pair, x, num_samples=10).values.shape  # of log p(x_tilde)
+        >>> probae.log_likelihood(pair, x, "iwae", 10).values.shape  # of log p(x_tilde)
         torch.Size([5])
     """
 

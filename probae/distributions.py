@@ -10,6 +10,8 @@ import torch
 from pyro.contrib.zuko import ZukoToPyro  # imports no zuko
 from pyro.distributions import constraints
 from torch import Size, Tensor
+from torch.distributions import Transform, biject_to
+from torch.distributions.transforms import IndependentTransform
 from torch.nn.functional import logsigmoid, softplus
 
 from .part import require_count
@@ -221,11 +223,37 @@ class _Grid(constraints.Constraint):
         return f"multiples of 1/{self.levels - 1} in [0, 1]"
 
 
+_WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
+_INNER = ("base_dist", "component_distribution", "component0", "component1", "gate", "slab")
+
+
 def base_distribution(distribution: Any) -> Any:
     """Strip ``Independent``, ``MaskedDistribution`` and ``ExpandedDistribution`` wrappers."""
-    while hasattr(distribution, "base_dist") and not hasattr(distribution, "transforms"):
+    while isinstance(distribution, _WRAPPERS):
         distribution = distribution.base_dist
     return distribution
+
+
+def to_support(distribution: Any) -> Transform:
+    """Return the bijection from unconstrained values to the support, mixtures included.
+
+    Raises:
+        ValueError: the support is none that torch knows a way to.
+    """
+    if isinstance(distribution, dist.MaskedDistribution | dist.ExpandedDistribution):
+        return to_support(distribution.base_dist)
+    if isinstance(distribution, torch.distributions.Independent):
+        inner = to_support(distribution.base_dist)
+        return IndependentTransform(inner, distribution.reinterpreted_batch_ndims)
+    if isinstance(distribution, torch.distributions.MixtureSameFamily):
+        return to_support(distribution.component_distribution)
+    try:
+        return biject_to(distribution.support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{type(distribution).__name__} must have a support that torch knows a bijection to, "
+            f"got {distribution.support}: {error}"
+        ) from error
 
 
 def mean_of(distribution: Any, num_samples: int = 100) -> Tensor:
@@ -237,7 +265,7 @@ def mean_of(distribution: Any, num_samples: int = 100) -> Tensor:
     return mean
 
 
-def has_component(distribution: Any, family: type) -> bool:
+def has_component(distribution: Any, family: type | tuple[type, ...]) -> bool:
     """Whether the family stands anywhere below wrappers, transforms and mixtures."""
     return any(isinstance(piece, family) for piece in _pieces(distribution))
 
@@ -245,6 +273,12 @@ def has_component(distribution: Any, family: type) -> bool:
 def is_point(distribution: Any) -> bool:
     """Whether the distribution puts its mass on points (a ``Delta``, also below a transform)."""
     return has_component(distribution, dist.Delta)
+
+
+def weighs_points(distribution: Any) -> bool:
+    """Whether a ``Delta`` below has a log-density, so that its mass is not one."""
+    points = [piece for piece in _pieces(distribution) if isinstance(piece, dist.Delta)]
+    return any(bool((piece.log_density != 0).any()) for piece in points)
 
 
 def is_flat(distribution: Any) -> bool:
@@ -256,7 +290,7 @@ def is_flat(distribution: Any) -> bool:
 def _pieces(distribution: Any) -> Iterator[Any]:
     """Yield a distribution and all that it is built on."""
     yield distribution
-    for name in ("base_dist", "component_distribution", "gate", "slab"):
+    for name in _INNER:
         if hasattr(distribution, name):
             yield from _pieces(getattr(distribution, name))
 

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import warnings
 from typing import Any, NamedTuple
 
-import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Transform
 from tqdm.auto import tqdm
 
-from .annealing import Annealing, anneal
-from .arviz import pareto_khat
-from .autoencoder import Autoencoder, Kind, frozen
-from .checks import check_support, prior_of, require_density, require_gradients, require_pair
+from .annealing import Annealing, anneal_in_chunks, require_annealing
+from .autoencoder import Autoencoder, frozen
+from .checks import (
+    check_support,
+    likelihood_of,
+    prior_of,
+    require_density,
+    require_gradients,
+    require_parts,
+)
+from .corrupted import Replacement
 from .datasets import as_tensor
-from .decoders import GaussianDecoder
-from .distributions import base_distribution, is_flat
+from .distributions import GreyBernoulli, has_component, is_discrete, is_flat
+from .exact import MAX_STATES, closed_form
+from .fast_weights import fast_weights
+from .importance import StreamingWeights, plain_weights
+from .memory import counts, rows_in_budget
 from .part import require_count
-from .terms import log_weights
 
-MAX_STATES = 2**20  # of a discrete code that is enumerated
-CHUNK_BYTES = 4 * 2**20  # widest activation of one pass through the decoder; fits in cache
+KHAT_LIMIT = 0.7  # above it an importance-sampling estimate is not to be trusted
+
+
+class LikelihoodWarning(UserWarning):
+    """An estimate of a log-likelihood that its own diagnostics do not bear out.
+
+    Example:
+        >>> import warnings, probae
+        >>> warnings.simplefilter("ignore", probae.LikelihoodWarning)
+    """
 
 
 class LogLikelihood(NamedTuple):
@@ -37,14 +53,17 @@ class LogLikelihood(NamedTuple):
     """
 
     values: Tensor  # (N,) nats per datum
-    std_error: Tensor  # (N,) Monte Carlo standard error of each value; 0 where it is exact
-    ess: Tensor | None  # (N,) effective number of importance samples
-    khat: Tensor | None  # (N,) Pareto k of the importance weights; above 0.7 do not trust
+    std_error: Tensor  # (N,) Monte Carlo standard error of each value; 0 where it is exact, inf
+    # where one sample of iwae, or one chain of ais, carries the weight, so that nothing is known
+    ess: Tensor | None  # (N,) effective number of importance samples, or of chains
+    khat: Tensor | None  # (N,) Pareto k of the importance weights; above 0.7 do not trust; NaN
+    # where it cannot be told, as of fewer than 25 samples or of draws that are all the same
     method: str  # "exact" | "elbo" | "iwae" | "ais"
     is_bound: bool  # whether the values are lower bounds in expectation
     num_samples: int  # samples of z per datum, for ais chains; 0 where exact
     dimension: int  # number of dimensions of one datum
     acceptance: Tensor | None = None  # (N,) share of accepted moves, for ais
+    is_density: bool = True  # False where the data are discrete, and the values log-probabilities
 
     @property
     def mean(self) -> float:
@@ -60,12 +79,144 @@ class LogLikelihood(NamedTuple):
 
     @property
     def bits_per_dim(self) -> float:
-        """Negative mean in bits per dimension of the data as they were given."""
+        """Negative mean in bits per dimension of the data that the values are about.
+
+        These are the data as they were given to :func:`log_likelihood`. :meth:`before` and
+        :meth:`discrete` give the values, and so the bits, of the data before they were scaled or
+        dequantised.
+        """
         return -self.mean / (self.dimension * math.log(2))
+
+    def before(self, transform: Transform, x: Tensor | Any) -> LogLikelihood:
+        r"""Return the log-likelihood of the data x before a preprocessing y = T(x).
+
+        .. math:: \log p_X(x) = \log p_Y(T(x)) + \log \left|\det \frac{dT}{dx}\right|
+
+        Args:
+            transform: T, from :mod:`torch.distributions.transforms`: an ``AffineTransform`` that
+                scales or standardises, ``SigmoidTransform().inv`` for logits of grey values, a
+                ``ComposeTransform`` of several. The values at hand are about T(x).
+            x: the data before T, in the same order, (N, *shape).
+
+        Returns:
+            LogLikelihood: of x, in nats per datum; standard errors and diagnostics stay.
+
+        Raises:
+            ValueError: ``transform`` is no Transform, not invertible, changes the number of
+                dimensions or has no finite log-determinant at x; ``x`` are not as many data of that
+                dimension; the values are probabilities, which no scaling changes.
+
+        Example:
+            >>> import torch, probae
+            >>> from torch.distributions import AffineTransform
+            >>> metres = torch.randn(50, 5)
+            >>> scale = AffineTransform(0, 0.001)  # the pair is about kilometres
+            >>> ll = probae.log_likelihood(probae.PPCA(5, 2), scale(metres))
+            >>> bool(ll.before(scale, metres).mean < ll.mean)
+            True
+        """
+        if not isinstance(transform, Transform) or not transform.bijective:
+            raise ValueError(
+                "transform must be an invertible torch.distributions Transform, such as "
+                f"AffineTransform(loc, scale), got {type(transform).__name__}"
+            )
+        self._require_density("before", "was scaled or bent")
+        data = as_tensor(x, "x").to(self.values.device, torch.float64)
+        expected = (len(self.values), self.dimension)
+        if (len(data), data[0].numel()) != expected:
+            raise ValueError(
+                f"x must be the {expected[0]} data of dimension {expected[1]} that the values are "
+                f"about, before the transform, got {len(data)} of dimension {data[0].numel()}"
+            )
+        bad = ~transform.domain.check(data)
+        if bad.any() or transform.domain.event_dim >= data.dim():
+            raise ValueError(
+                f"x must lie in the domain of transform ({transform.domain}), datum by datum, got "
+                f"{int(bad.sum())} outside; pass the data before the transform"
+            )
+        try:
+            y = transform(data)
+        except RuntimeError as error:
+            raise ValueError(
+                f"transform does not take x of shape {tuple(data.shape)}: {error}"
+            ) from error
+        if y.numel() != data.numel():
+            raise ValueError(
+                f"transform must keep the number of dimensions, {self.dimension}, got "
+                f"{y.numel() // len(data)}: a density has none on the other side"
+            )
+        batch = data.shape[: data.dim() - transform.domain.event_dim]
+        try:
+            volume = torch.as_tensor(transform.log_abs_det_jacobian(data, y)).broadcast_to(batch)
+        except ValueError:  # math.log of a scale of zero
+            volume = data.new_full(batch, torch.nan)
+        volume = volume.flatten(1).sum(1) if volume.dim() > 1 else volume
+        if not volume.isfinite().all():
+            raise ValueError(
+                f"transform has no finite log-determinant at {int((~volume.isfinite()).sum())} of "
+                "the data x: it maps some of them to a point, or to infinity"
+            )
+        return self._replace(values=self.values + volume.to(self.values.dtype))
+
+    def discrete(self, levels: int) -> LogLikelihood:
+        r"""Return the log-probability of the grey levels behind dequantised data.
+
+        .. math:: \log P(k) \ge E_u \log p\big((k + u) / L\big) - D \log L
+
+        for x = (k + u) / L as :func:`probae.dequantize` makes it from L ``levels``. Its
+        ``bits_per_dim`` is the one that papers on image models report, whatever the model of the
+        dequantised x, and at least 0 on average over u.
+
+        Args:
+            levels: L, the number of grey levels that were dequantised, such as ``data.levels``.
+
+        Returns:
+            LogLikelihood: a lower bound (Jensen's inequality), in nats per datum.
+
+        Raises:
+            ValueError: ``levels`` is no int >= 2; the values are probabilities already.
+
+        Reference:
+            Theis, van den Oord & Bethge, A note on the evaluation of generative models, 2016.
+
+        Example:
+            >>> import probae
+            >>> data = probae.load_dataset("digits")
+            >>> x = probae.dequantize(data.test, data.levels).flatten(1)
+            >>> ll = probae.log_likelihood(probae.PPCA(64, 2), x)
+            >>> round(ll.discrete(data.levels).bits_per_dim - ll.bits_per_dim, 4)  # log2(17)
+            4.0875
+        """
+        shift = self.dimension * math.log(require_count(levels, "levels", least=2))
+        self._require_density("discrete", "was dequantised")
+        return self._replace(values=self.values - shift, is_bound=True, is_density=False)
+
+    @property
+    def unreliable(self) -> float | None:
+        """Share of the data whose value is a bound and no estimate; None for exact and elbo.
+
+        For iwae: Pareto k is above 0.7, or cannot be told. For ais: fewer than two chains count,
+        by the ESS; the converse does not hold, so see :func:`probae.bdmc`.
+        """
+        if self.khat is None or self.ess is None or self.method == "elbo":
+            return None
+        bad = self.ess < 2 if self.method == "ais" else ~(self.khat <= KHAT_LIMIT)
+        return float(bad.double().mean())
+
+    def _require_density(self, name: str, what: str) -> None:
+        if not self.is_density:
+            raise ValueError(
+                f"{name}() is for densities of data that {what}, but these values are "
+                "log-probabilities of discrete data, which need no such correction"
+            )
 
     def __repr__(self) -> str:
         claim = "lower bound" if self.is_bound else "exact"
         samples = f", {self.num_samples} samples" if self.num_samples else ""
+        if self.method == "iwae" and self.unreliable:
+            claim += f", no estimate for {100 * self.unreliable:.0f} % of the data by Pareto k"
+        if self.method == "ais" and self.ess is not None:
+            claim += f", median ESS {float(self.ess.median()):.1f}"
         return (
             f"LogLikelihood({self.mean:.4f} ± {self.mean_std_error:.4f} nats per datum, "
             f"{len(self.values)} data, {self.method}{samples}, {claim})"
@@ -94,8 +245,10 @@ def log_likelihood(
 
     ``ais`` needs no encoder, so it measures point codes and penalised pairs, too, and is often the
     tighter bound where an encoder is poor; it needs continuous z. Neither its acceptance rate nor
-    its standard error certifies it where the effective number of chains is near one: take more
-    temperatures until the value settles.
+    its standard error certifies it: where fewer than two chains count it warns, take more
+    temperatures until the value settles. With 500 temperatures and 16 chains the mean over data
+    is far better than single values, which may be a nat off; 64 chains bring them within half a nat
+    on a linear-Gaussian pair of 5 latent dimensions.
 
     ``exact`` needs a linear-Gaussian pair (affine mean, one scale, Gaussian prior) or a discrete
     code of at most 2**20 states. Work is cut into chunks of data and of samples, so memory does not
@@ -105,7 +258,8 @@ def log_likelihood(
         pair: the pair; it is not changed.
         x: data (N, *x_shape) in the support of the decoder: tensor, array, path or Dataset.
         method: ``"exact"``, ``"elbo"``, ``"iwae"``, ``"ais"``, or ``"auto"``: exact where there is
-            a closed form, else iwae.
+            a closed form, else iwae, with a :class:`LikelihoodWarning` that gives the share of
+            data whose Pareto k is above 0.7, or cannot be told, where there are any.
         num_samples: K, by default 100 for elbo, 5000 for iwae, 16 chains for ais.
         proposal: an encoder to draw z from in place of the pair's own, for pairs with point codes
             or factors, such as :func:`probae.fit_proposal` makes. The figures are then about
@@ -134,7 +288,7 @@ def log_likelihood(
         >>> ll.values.shape, ll.is_bound
         (torch.Size([4]), True)
     """
-    require_pair(pair)
+    require_parts(pair)
     known = ("auto", "exact", "elbo", "iwae", "ais")
     if method not in known:
         raise ValueError(f"method must be one of {', '.join(known)}, got {method!r}")
@@ -147,71 +301,142 @@ def log_likelihood(
             f"pair is of kind {pair.kind.value}: its prior is flat, so there is no p(x) "
             f"({pair.kind.statement}); give it a proper prior, such as prior='normal'"
         )
-    closed_form = _closed_form(pair)
+    exact, chosen = closed_form(pair), method
     if method == "auto":
-        method = "iwae" if closed_form is None else "exact"
-    dimension = data[0].numel()
-    if method == "exact":
-        if closed_form is None:
+        chosen = "iwae" if exact is None else "exact"
+    dimension, is_density = data[0].numel(), _has_density(pair)
+    if proposal is not None:
+        zeros = torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype)
+        require_density(pair, proposal, zeros, "proposal")
+    if chosen != "ais" and annealing is not None:
+        raise ValueError(f"annealing goes with method='ais', got method={method!r}")
+    if chosen == "exact":
+        if exact is None:
             raise ValueError(
                 "method='exact' needs a linear-Gaussian pair (Gaussian prior; GaussianDecoder on "
                 f"an affine network, hidden=()) or a discrete code of at most {MAX_STATES} states; "
                 "use method='iwae'"
             )
         with frozen(pair, seed=0):
-            values = closed_form(data)
+            values = exact(data)
         zero = torch.zeros_like(values)
-        return LogLikelihood(values, zero, None, None, "exact", False, 0, dimension)
-    if proposal is not None:
-        zeros = torch.zeros(2, *pair.x_shape).to(pair.device, pair.dtype)
-        require_density(pair, proposal, zeros, "proposal")
-    if method != "ais" and annealing is not None:
-        raise ValueError(f"annealing goes with method='ais', got method={method!r}")
-    if method == "ais":
-        return _annealed(
-            pair, data, num_samples or 16, annealing or Annealing(), proposal, seed, progress
+        return LogLikelihood(
+            values, zero, None, None, "exact", False, 0, dimension, None, is_density
         )
-    model, guide = _programs(pair, method, proposal)
-    samples = num_samples or {"elbo": 100, "iwae": 5000}[method]
-    rows = max(1, CHUNK_BYTES // (data.element_size() * _widest(pair)))
+    if chosen == "ais":
+        require_gradients("method='ais'")
+        annealing = Annealing() if annealing is None else require_annealing(annealing)
+        chains = num_samples or 16
+        annealed = anneal_in_chunks(pair, data, chains, annealing, proposal, seed, progress)
+        streaming = StreamingWeights(chains, data)
+        streaming.add(annealed.log_weights)
+        values, std_error, ess, khat = streaming.iwae()
+        ll = LogLikelihood(
+            values,
+            std_error,
+            ess,
+            khat,
+            "ais",
+            True,
+            chains,
+            dimension,
+            annealed.acceptance,
+            is_density,
+        )
+        if ll.unreliable:
+            warnings.warn(_advice(pair, ll), LikelihoodWarning, stacklevel=2)
+        return ll
+    samples = num_samples or {"elbo": 100, "iwae": 5000}[chosen]
+    values, std_error, ess, khat = _weighed(pair, data, chosen, samples, proposal, seed, progress)
+    ll = LogLikelihood(
+        values, std_error, ess, khat, chosen, True, samples, dimension, None, is_density
+    )
+    if method == "auto" and ll.unreliable:
+        warnings.warn(_advice(pair, ll), LikelihoodWarning, stacklevel=2)
+    return ll
+
+
+def _weighed(
+    pair: Autoencoder,
+    data: Tensor,
+    method: str,
+    num_samples: int,
+    proposal: nn.Module | None,
+    seed: int | None,
+    progress: bool,
+) -> list[Tensor]:
+    """Return values, standard errors, effective sample sizes and Pareto k of importance samples."""
+    weigh = plain_weights(pair, method, proposal)
+    weigh = fast_weights(pair, proposal) or weigh
+    rows = rows_in_budget(pair)
     results = []
-    thawed = nn.Module() if proposal is None else proposal
     with (
         frozen(pair, seed),
-        frozen(thawed, None),
+        frozen(nn.Module() if proposal is None else proposal, None),
         tqdm(total=len(data), disable=not progress, unit="datum") as bar,
     ):
-        for chunk in data.split(max(min(64, rows), rows // samples)):
-            streaming = _StreamingWeights(samples, chunk)
-            for count in _counts(samples, max(1, rows // len(chunk))):
-                streaming.add(log_weights(model, guide, chunk, num_particles=count))
+        for chunk in data.split(max(min(64, rows), rows // num_samples)):
+            streaming, draw = StreamingWeights(num_samples, chunk), weigh(chunk)
+            for count in counts(num_samples, max(1, rows // len(chunk))):
+                streaming.add(draw(count))
             results.append(streaming.elbo() if method == "elbo" else streaming.iwae())
             bar.update(len(chunk))
-    values, std_error, ess, khat = (torch.cat(column) for column in zip(*results, strict=True))
-    return LogLikelihood(values, std_error, ess, khat, method, True, samples, dimension)
+    return [torch.cat(column) for column in zip(*results, strict=True)]
+
+
+def _has_density(pair: Autoencoder) -> bool:
+    """Whether p(x) is a density, and no probability of discrete data, nor a mixture of both."""
+    likelihood = likelihood_of(pair)
+    discrete = has_component(likelihood, (GreyBernoulli, Replacement))
+    return not (discrete or likelihood.support.is_discrete)
+
+
+def _advice(pair: Autoencoder, ll: LogLikelihood) -> str:
+    """Say how many data the samples do not serve, and what would serve them."""
+    share = f"{100 * (ll.unreliable or 0):.0f} % of {len(ll.values)} data"
+    bounds = "their values are lower bounds and cannot be trusted as estimates"
+    if ll.method == "ais":
+        return (
+            f"one of {ll.num_samples} chains carries nearly all the weight for {share}: {bounds}; "
+            "take more num_temperatures, or start='encoder', and see probae.bdmc for how loose "
+            "such values are on data of the model"
+        )
+    better = (
+        f"more samples (num_samples > {ll.num_samples}) or a better proposal"
+        if is_discrete(prior_of(pair))
+        else "method='ais'"
+    )
+    return (
+        f"Pareto k of {ll.num_samples} importance samples is above {KHAT_LIMIT}, or cannot be "
+        f"told, for {share}: {bounds}; use {better}"
+    )
 
 
 class Comparison(NamedTuple):
     """Difference of two models on the same data, in nats per datum.
 
     Example:
-        >>> Comparison(1.5, 0.1, 200, "exact", "exact")
+        >>> Comparison(1.5, 0.1, 200, False, False)
         Comparison(+1.5000 ± 0.1000 nats per datum in favour of the first, 200 data, paired)
     """
 
     difference: float  # mean of the first less the second
     std_error: float  # of that mean, over the data
     num_data: int
-    first_method: str
-    second_method: str
+    first_is_bound: bool  # whether its values are lower bounds
+    second_is_bound: bool
 
     def __repr__(self) -> str:
         better = "first" if self.difference >= 0 else "second"
-        bounds = {self.first_method, self.second_method} - {"exact"}
-        note = "; a difference of lower bounds, which is no bound" if bounds else ""
+        notes = {
+            (True, True): "; a difference of lower bounds, which is no bound",
+            (True, False): "; a lower bound on the difference, in expectation",
+            (False, True): "; an upper bound on the difference, in expectation",
+        }
         return (
             f"Comparison({self.difference:+.4f} ± {self.std_error:.4f} nats per datum in favour of "
-            f"the {better}, {self.num_data} data, paired{note})"
+            f"the {better}, {self.num_data} data, paired"
+            f"{notes.get((self.first_is_bound, self.second_is_bound), '')})"
         )
 
 
@@ -222,8 +447,8 @@ def compare(first: LogLikelihood, second: LogLikelihood) -> Comparison:
               se = \frac{sd(d)}{\sqrt N}
 
     Data differ in how likely they are under any model, and the pairing takes that out: the standard
-    error is often far below those of the two means. Where a value is a lower bound, the difference
-    is one of bounds.
+    error is often far below those of the two means. Where values are lower bounds, the result says
+    what their difference is. That the data are the same cannot be checked: only their number is.
 
     Args:
         first: of one model, from :func:`log_likelihood`.
@@ -233,7 +458,8 @@ def compare(first: LogLikelihood, second: LogLikelihood) -> Comparison:
         Comparison: difference and standard error, nats per datum.
 
     Raises:
-        ValueError: an argument is no :class:`LogLikelihood`, or the two are not of the same data.
+        ValueError: an argument is no :class:`LogLikelihood`, the two are not of as many data of the
+            same dimension, or one is of densities and the other of probabilities.
 
     Example:
         >>> import torch, probae
@@ -254,218 +480,17 @@ def compare(first: LogLikelihood, second: LogLikelihood) -> Comparison:
             f"{len(first.values)} data of dimension {first.dimension} and {len(second.values)} of "
             f"dimension {second.dimension}"
         )
+    if first.is_density != second.is_density:
+        raise ValueError(
+            "first and second must both be densities, or both probabilities, got one of each: "
+            "their difference has the units of x; for dequantised data take .discrete(levels)"
+        )
     difference = first.values.double().cpu() - second.values.double().cpu()
     spread = float(difference.std()) if len(difference) > 1 else math.nan
     return Comparison(
         float(difference.mean()),
         spread / math.sqrt(len(difference)),
         len(difference),
-        first.method,
-        second.method,
+        first.is_bound,
+        second.is_bound,
     )
-
-
-def _annealed(
-    pair: Autoencoder,
-    data: Tensor,
-    num_chains: int,
-    annealing: Annealing,
-    proposal: nn.Module | None,
-    seed: int | None,
-    progress: bool,
-) -> LogLikelihood:
-    """Log-mean weight of annealed chains; its expectation is at most log p(x)."""
-    require_gradients("method='ais'")
-    if not isinstance(annealing, Annealing):
-        raise ValueError(
-            f"annealing must be a probae.Annealing, got {type(annealing).__name__}; for instance "
-            "probae.Annealing(num_temperatures=1000)"
-        )
-    rows = max(1, CHUNK_BYTES // (data.element_size() * _widest(pair) * num_chains))
-    thawed = nn.Module() if proposal is None else proposal
-    columns: list[list[Tensor]] = []
-    with (
-        frozen(pair, seed),
-        frozen(thawed, None),
-        tqdm(total=len(data), disable=not progress, unit="datum") as bar,
-    ):
-        for chunk in data.split(rows):
-            weights = anneal(pair, chunk, num_chains, annealing, proposal)
-            streaming = _StreamingWeights(num_chains, chunk)
-            streaming.add(weights.log_weights)
-            columns.append([*streaming.iwae(), weights.acceptance])
-            bar.update(len(chunk))
-    values, std_error, ess, khat, acceptance = (
-        torch.cat(column) for column in zip(*columns, strict=True)
-    )
-    return LogLikelihood(
-        values, std_error, ess, khat, "ais", True, num_chains, data[0].numel(), acceptance
-    )
-
-
-class _StreamingWeights:
-    """Running sums over log-weights (K, N) that arrive in blocks, in memory that K does not enter.
-
-    Pareto k needs only the largest weights; M = min(K/5, 3√K) of them and one more are kept.
-    """
-
-    def __init__(self, num_samples: int, x: Tensor) -> None:
-        self.num_samples = num_samples
-        self.tail_size = min(num_samples, math.ceil(min(num_samples / 5, 3 * num_samples**0.5)) + 1)
-        empty = x.new_full((len(x),), -math.inf, dtype=torch.float64)
-        self.log_sum, self.log_sum_squares = empty, empty
-        self.mean, self.sum_squares, self.seen = torch.zeros_like(empty), torch.zeros_like(empty), 0
-        self.tail = empty.new_empty((0, len(x)))
-
-    def add(self, log_weights: Tensor) -> None:
-        """Take in a block of shape (k, N)."""
-        block = log_weights.double()
-        self.log_sum = torch.logaddexp(self.log_sum, block.logsumexp(0))
-        self.log_sum_squares = torch.logaddexp(self.log_sum_squares, (2 * block).logsumexp(0))
-        count, total = len(block), self.seen + len(block)
-        mean, shift = block.mean(0), block.mean(0) - self.mean  # Chan et al., 1983
-        self.sum_squares = self.sum_squares + ((block - mean) ** 2).sum(0)
-        self.sum_squares = self.sum_squares + shift**2 * self.seen * count / total
-        self.mean, self.seen = self.mean + shift * count / total, total
-        top = torch.topk(block, min(count, self.tail_size), 0).values
-        merged = torch.cat([self.tail, top])
-        self.tail = torch.topk(merged, min(len(merged), self.tail_size), 0).values
-
-    def ess(self) -> Tensor:
-        """Kish's effective sample size (Σw)² / Σw²."""
-        return (2 * self.log_sum - self.log_sum_squares).exp()
-
-    def elbo(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean log-weight, its standard error, effective sample size, Pareto k."""
-        variance = self.sum_squares / max(self.seen - 1, 1)
-        std_error = (variance / self.seen).sqrt() if self.seen > 1 else variance + math.nan
-        return self.mean, std_error, self.ess(), self.khat()
-
-    def iwae(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log-mean weight, its standard error (delta method), effective sample size, Pareto k."""
-        count, ess = self.seen, self.ess()
-        relative_variance = (1 / ess - 1 / count).clamp(min=0) * count / max(count - 1, 1)
-        std_error = relative_variance.sqrt() if count > 1 else relative_variance + math.nan
-        return self.log_sum - math.log(count), std_error, ess, self.khat()
-
-    def khat(self) -> Tensor:
-        """Pareto k of each datum, from the kept tail."""
-        return pareto_khat(self.tail, self.num_samples)
-
-
-def _programs(
-    pair: Autoencoder, method: str, proposal: nn.Module | None
-) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
-    """Return the model and what proposes z for it, or refuse what would not give a bound."""
-    if proposal is None:
-        kind = pair.kind
-        if kind is Kind.ELBO or (kind is Kind.DISCRETE_POINT and method == "elbo"):
-            return pair.model, pair.guide
-        raise ValueError(
-            f"method={method!r} needs an encoder with a density, but the pair is of kind "
-            f"{kind.value}: {kind.statement}; use method='ais', or pass "
-            "proposal=probae.fit_proposal(pair, x_train)"
-            + (", or method='elbo'" if kind is Kind.DISCRETE_POINT else "")
-        )
-
-    def propose(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", proposal(x))
-
-    def generate(x: Tensor) -> None:  # p(z) p(x|z): neither corruption nor factor
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", pair.prior())
-            pyro.sample("x", pair.decoder(z), obs=x)
-
-    return generate, propose
-
-
-def _closed_form(pair: Autoencoder) -> Callable[[Tensor], Tensor] | None:
-    """Return the function that gives log p(x) exactly, or None where there is none."""
-    prior = base_distribution(prior_of(pair))
-    decoder = pair.decoder
-    if isinstance(prior, dist.Normal) and isinstance(decoder, GaussianDecoder):
-        affine = decoder.affine()
-        if affine is not None:
-            return lambda x: _linear_gaussian(x, prior, *affine)
-    count = _count_states(pair)
-    if count is not None and count <= MAX_STATES:
-        return lambda x: _enumerated(pair, x)
-    return None
-
-
-def _linear_gaussian(
-    x: Tensor, prior: dist.Normal, weight: Tensor, bias: Tensor, scale: Tensor
-) -> Tensor:
-    r"""Log-density of N(Wm + b, W diag(τ²) Wᵀ + s² I), in double precision."""
-    weight, bias, scale = weight.double(), bias.double(), scale.double()
-    marginal = dist.LowRankMultivariateNormal(
-        weight @ prior.loc.double() + bias,
-        weight * prior.scale.double(),
-        (scale**2).expand(len(bias)),
-    )
-    return marginal.log_prob(x.flatten(1).double())
-
-
-def _count_states(pair: Autoencoder) -> int | None:
-    """Number of states of the code, or None if it is not discrete and finite."""
-    prior = prior_of(pair)
-    base = base_distribution(prior)
-    if isinstance(base, dist.OneHotCategorical) and prior.event_shape == base.event_shape:
-        return int(base.event_shape[0])
-    if isinstance(base, dist.Bernoulli | dist.Categorical):
-        choices = 2 if isinstance(base, dist.Bernoulli) else base.probs.shape[-1]
-        return int(choices ** math.prod(prior.event_shape))
-    return None
-
-
-def _states(pair: Autoencoder, rows: int) -> Iterator[Tensor]:
-    """Yield all states of the code in blocks of shape (rows, *z_shape)."""
-    prior = pair.prior()
-    base, like = base_distribution(prior), prior.sample()  # dtype and device of a code
-    if isinstance(base, dist.OneHotCategorical):
-        yield from torch.eye(len(like)).to(like).split(rows)
-        return
-    choices = 2 if isinstance(base, dist.Bernoulli) else base.probs.shape[-1]
-    place = choices ** torch.arange(like.numel(), device=like.device)  # digits in base `choices`
-    for index in torch.arange(choices ** like.numel(), device=like.device).split(rows):
-        yield ((index[:, None] // place) % choices).to(like).reshape(-1, *like.shape)
-
-
-def _enumerated(pair: Autoencoder, x: Tensor) -> Tensor:
-    """Log Σ_z p(z) p(x|z) over all states, in chunks of states and of data."""
-    prior, budget = pair.prior(), CHUNK_BYTES // (x.element_size() * _widest(pair))
-    values = []
-    for chunk in x.split(max(1, budget // 64)):
-        total = x.new_full((len(chunk),), -math.inf, dtype=torch.float64)
-        for z in _states(pair, max(1, budget // len(chunk))):
-            log_joint = prior.log_prob(z)[:, None] + pair.decoder(z[:, None]).log_prob(chunk)
-            total = torch.logaddexp(total, log_joint.double().logsumexp(0))
-        values.append(total)
-    return torch.cat(values)
-
-
-def _widest(pair: Autoencoder) -> int:
-    """Elements of the widest activation of the decoder for one code."""
-    widths = [math.prod(pair.x_shape)]
-    hooks = [
-        module.register_forward_hook(
-            lambda module, inputs, output: (
-                widths.append(output.numel()) if isinstance(output, Tensor) else None
-            )
-        )
-        for module in pair.decoder.modules()
-    ]
-    try:
-        with frozen(pair, seed=0):
-            pair.decoder(pair.prior().sample(torch.Size((1,))))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return max(widths)
-
-
-def _counts(total: int, most: int) -> Iterator[int]:
-    """Split ``total`` samples into blocks of at most ``most``."""
-    for start in range(0, total, most):
-        yield min(most, total - start)

@@ -1,6 +1,6 @@
-"""Objectives that Pyro lacks: an ELBO that reports how it got its KL, and a per-datum IWAE bound.
+"""Objectives that Pyro lacks: an ELBO that reports how it got its KL, per-datum IWAE, walkback.
 
-Both are :class:`pyro.infer.ELBO` objects: pass them to :class:`pyro.infer.SVI` or to
+All are :class:`pyro.infer.ELBO` objects: pass them to :class:`pyro.infer.SVI` or to
 :func:`probae.fit`. As everywhere in Pyro, their loss is summed over the data of the batch.
 """
 
@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
 import pyro.infer
 import torch
 from pyro.infer.enum import get_importance_trace
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .distributions import is_point
@@ -158,12 +161,7 @@ class ELBO(PerDatumObjective):
         )
         self.kl_method = terms.kl_method
         elbo = terms.log_likelihood - self.beta * terms.kl  # (K, N)
-        if terms.score.requires_grad:
-            signal = elbo.detach()
-            if signal.numel() > 1:
-                signal = signal - (signal.sum() - signal) / (signal.numel() - 1)
-            score = signal * terms.score
-            elbo = elbo + score - score.detach()
+        elbo = _with_score_gradient(elbo, terms.score)
         return -elbo.mean(0), self.beta * terms.shared_kl - terms.shared
 
 
@@ -224,6 +222,123 @@ class IWAE(PerDatumObjective):
             for site in pathwise:
                 _weight_gradient(site["value"], weights)
         return -terms.scale * bound, -terms.shared
+
+
+class Walkback(PerDatumObjective):
+    r"""Denoising loss along a chain that the model itself walks, away from the data and back.
+
+    .. math:: L = \frac1k \sum_{t=1}^k \log p(x|\tilde x_t),\quad
+              \tilde x_t \sim C(\tilde x|x_{t-1}),\quad x_t \sim p(x|\tilde x_t),\quad x_0 = x
+
+    Each step learns to come back to the datum x from a place where the chain of
+    :func:`probae.gsn_chain` goes by itself, so that modes of the model far from all data, which
+    plain corruption never visits, are unlearned. Gradients go through the k reconstructions and not
+    along the chain. One step is the plain denoising loss; k steps cost k times as much.
+
+    Under a proper prior each term holds the KL of z too. It is then a lower bound on log p(x) as
+    ever, which holds at any x_tilde; for a :class:`DenoisingAutoencoder` the loss is a conditional
+    one (kind CONDITIONAL) and says nothing about log p(x).
+
+    Args:
+        num_steps: number k of steps of the chain.
+
+    Raises:
+        ValueError: ``num_steps`` < 1; or, when it is evaluated, programs without a corruption (no
+            site ``x_tilde``), or with one that it would leave untrained.
+
+    Reference:
+        Bengio et al., Generalized denoising auto-encoders as generative models, 2013, section 4;
+        Bengio et al., Deep generative stochastic networks trainable by backprop, 2014.
+
+    Example:
+        >>> import torch, probae
+        >>> pair = probae.DenoisingAutoencoder(8, 20, corruption=probae.GaussianNoise(0.3))
+        >>> x = torch.randn(64, 8)
+        >>> run = probae.fit(pair, x, epochs=2, objective=probae.Walkback(3), progress=False)
+        >>> run.objective, run.kind.value
+        ('Walkback', 'CONDITIONAL')
+    """
+
+    def __init__(self, num_steps: int = 5) -> None:
+        super().__init__(1)
+        self.num_steps = require_count(num_steps, "num_steps")
+
+    def per_datum_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean loss over the chain of each datum, (N,) in nats, and what all share."""
+        if not args or not isinstance(args[0], Tensor):
+            raise ValueError(
+                "Walkback needs the data as the first argument of model and guide, a tensor"
+            )
+        x, *others = args
+        state, losses, shared = x, [], []
+        for _ in range(self.num_steps):
+            corrupted = _Corrupted()
+            traces = trace_pair(  # x is observed, and x_tilde comes from the chain
+                partial(corrupted(model), x, *others, **kwargs),
+                partial(corrupted(guide), state, *others, **kwargs),
+                (),
+                {},
+                num_particles=1,
+            )
+            _require_corruption(corrupted.site, traces.model.get("x"))
+            terms = sum_terms(traces, analytic=True, detach_guide=False, per_datum=False)
+            elbo = _with_score_gradient(terms.log_likelihood - terms.kl, terms.score)
+            losses.append(-elbo.mean(0))
+            shared.append(terms.shared_kl - terms.shared)
+            with torch.no_grad():
+                state = traces.model["x"]["fn"].sample().to(x.dtype)
+            if state.shape != x.shape:
+                raise ValueError(
+                    f"site 'x' must have the shape of the data, {tuple(x.shape)}, got "
+                    f"{tuple(state.shape)}; Walkback takes no subsampling inside the programs"
+                )
+        self.kl_method = terms.kl_method
+        return torch.stack(losses).mean(0), torch.stack(shared).mean(0)
+
+
+class _Corrupted(Messenger):
+    """Hand the x_tilde that one program draws to the next, and show it to no handler outside."""
+
+    site: Site | None = None
+
+    def _pyro_sample(self, site: Site) -> None:
+        if site["name"] == "x_tilde":
+            site["stop"] = True
+            site["value"] = None if self.site is None else self.site["value"]
+
+    def _pyro_post_sample(self, site: Site) -> None:
+        if site["name"] == "x_tilde" and self.site is None:
+            self.site = site
+
+
+def _require_corruption(corrupted: Site | None, observed: Site | None) -> None:
+    """Refuse programs in which there is nothing to walk back from, or back to."""
+    if corrupted is None:
+        raise ValueError(
+            "Walkback needs a corruption, a site 'x_tilde' in the guide, and there is none; give "
+            "the pair one, such as corruption=probae.GaussianNoise(0.3), or use probae.ELBO"
+        )
+    if observed is None or not observed["is_observed"]:
+        raise ValueError("Walkback needs an observed site 'x' in the model, p(x|z) at the data")
+    learns = is_validation_enabled() and not corrupted["fn"].has_rsample
+    if learns and log_prob_of("x_tilde", corrupted).requires_grad:
+        raise ValueError(
+            f"site 'x_tilde' ({type(corrupted['fn']).__name__}) has parameters that Walkback would "
+            "leave untrained; fix them with corruption.requires_grad_(False), or use probae.ELBO"
+        )
+
+
+def _with_score_gradient(elbo: Tensor, score: Tensor) -> Tensor:
+    """Add the score-function gradient, with a leave-one-out baseline, to the (K, N) terms."""
+    if not score.requires_grad:
+        return elbo
+    signal = elbo.detach()
+    if signal.numel() > 1:
+        signal = signal - (signal.sum() - signal) / (signal.numel() - 1)
+    score = signal * score
+    return elbo + score - score.detach()
 
 
 def _require_proposal(name: str, site: Site) -> None:

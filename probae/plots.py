@@ -12,17 +12,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .autoencoder import Autoencoder, Kind, frozen
+from .calibration import CalibrationRanks, Coverage
+from .latent import traverse
 from .part import require_count
 from .sampling import reconstruct, sample
 from .training import Run
 
 DPI = 150
+MOST_PANELS = 9  # of ranks, before they are drawn as lines in one
+MOST_ROWS = 10  # of a traversal whose dimensions were not given
 NEEDED = ("epoch", "loss", "reconstruction", "kl", "active_units", "beta")
 
 
@@ -198,6 +203,300 @@ def samples(
     figure, axes = _mosaic(grid, limits, title, inches, margin=0.2)
     axes.set_yticks([])
     return figure
+
+
+def traversals(
+    pair: Autoencoder,
+    start: Tensor | Any | None = None,
+    dimensions: Sequence[int] | None = None,
+    values: Tensor | Sequence[float] | None = None,
+    *,
+    num_steps: int = 7,
+    space: str = "z",
+    title: str | None = None,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """Draw what the decoder makes of a code one of whose coordinates varies, a row for each.
+
+    Args:
+        pair: a pair on images, of ``x_shape`` (1, H, W), (H, W) or (3, H, W).
+        start: code, or datum under ``space="x"``; see :func:`probae.traverse`.
+        dimensions: places in z; default: all of them, or the first ten of more.
+        values: of the coordinate; default: quantiles of its prior.
+        num_steps: number of quantiles.
+        space: what ``start`` is, ``"z"`` or ``"x"``.
+        title: above the picture; default: the name of the pair's class, and what is shown.
+        limits: values of x that are drawn black and white.
+
+    Returns:
+        Figure: decoder means, one row a dimension, one column a value.
+
+    Raises:
+        ValueError: the data are no images, a decoder without a mean, or arguments that
+            :func:`probae.traverse` refuses.
+
+    Example:
+        >>> import probae
+        >>> from probae.plots import traversals
+        >>> len(traversals(probae.VAE((1, 8, 8), 3), num_steps=5).axes)
+        1
+    """
+    _require_images(pair)
+    size = math.prod(pair.z_shape)
+    first = dimensions is None and size > MOST_ROWS
+    if first:
+        dimensions = range(MOST_ROWS)
+    walk = traverse(pair, start, dimensions, values, num_steps=num_steps, space=space)
+    with frozen(pair, seed=0):
+        means = _mean(walk.x)  # (D, S, *x_shape)
+    images = _images(means.flatten(0, 1))
+    grid = images.reshape(*walk.values.shape, *images.shape[1:])
+    if title is None:
+        where = "the mean of the prior" if start is None else "a code"
+        where = "the mean code of a datum" if space == "x" and start is not None else where
+        rest = f" (the first {MOST_ROWS} of {size} coordinates)" if first else ""
+        title = f"{type(pair).__name__}: decoder means, one coordinate varied around {where}{rest}"
+    inches = min(max(0.75 * grid.shape[1], 3.0), 24.0)
+    figure, axes = _mosaic(grid, limits, title, inches, margin=0.6)
+    figure.set_figheight(figure.get_figheight() + 0.75)  # names of the columns, and their title
+    height, width, gap = grid.shape[2], grid.shape[3], _gap(grid)
+    places = range(size) if dimensions is None else dimensions
+    axes.set_yticks([d * (height + gap) + (height - 1) / 2 for d in range(len(grid))])
+    axes.set_yticklabels([f"z[{place}]" for place in places])
+    axes.set_xlabel("value of the coordinate")
+    shown = walk.values.cpu().double()
+    if bool((shown == shown[:1]).all()):
+        axes.set_xticks([s * (width + gap) + (width - 1) / 2 for s in range(grid.shape[1])])
+        axes.set_xticklabels([f"{value:.3g}" for value in shown[0].tolist()])
+    else:
+        what = "low to high quantiles of its prior" if values is None else "as given for each row"
+        axes.set_xlabel(f"value of the coordinate: {what}")
+    return figure
+
+
+def calibration_ranks(
+    ranks: CalibrationRanks, bins: int | None = None, *, title: str | None = None
+) -> Figure:
+    """Draw the ranks of simulation-based calibration against what uniform ones would be.
+
+    Up to nine quantities have a histogram each, with the band that holds 99 of 100 bins under
+    uniform ranks. More are drawn as lines, the distribution function of the ranks less the uniform
+    one, with the band that 99 of 100 uniform lines never leave; names are given to those that the
+    chi-square test finds uneven (p < 0.01 after Bonferroni's correction).
+
+    Args:
+        ranks: what :func:`probae.simulation_based_calibration` returned.
+        bins: of the histograms; default: as for the p-values.
+        title: above the panels, for instance the names of the model and the data.
+
+    Returns:
+        Figure: one panel a quantity, or one for all.
+
+    Raises:
+        ValueError: ``ranks`` is something else, or ``bins`` is no count of at most L + 1.
+
+    Reference:
+        Talts et al., Validating Bayesian inference algorithms with simulation-based calibration,
+        2018; Säilynoja, Bürkner & Vehtari, Graphical test for discrete uniformity and its
+        applications in goodness-of-fit evaluation and multiple sample comparison, 2022.
+
+    Example:
+        >>> import probae
+        >>> from probae.plots import calibration_ranks
+        >>> ranks = probae.simulation_based_calibration(probae.PPCA(5, 2), 200)
+        >>> len(calibration_ranks(ranks).axes)
+        3
+    """
+    if not isinstance(ranks, CalibrationRanks):
+        raise ValueError(
+            "ranks must be what probae.simulation_based_calibration returned, got "
+            f"{type(ranks).__name__}"
+        )
+    ranks.expected(bins)  # refuses bad bins
+    total = len(ranks.names)
+    if title is None:
+        title = (
+            f"Ranks of {len(ranks.ranks)} simulated codes among {ranks.num_draws} draws from the "
+            f"encoder: p = {ranks.p_value:.2g} for {total} quantities together"
+        )
+    if total <= MOST_PANELS:
+        return _rank_histograms(ranks, bins, title)
+    return _rank_lines(ranks, title)
+
+
+def coverage(coverage: Coverage, *, title: str | None = None) -> Figure:
+    """Draw the coverage of credible regions of the encoder against their nominal level.
+
+    Args:
+        coverage: what :func:`probae.expected_coverage` returned.
+        title: above the picture, for instance the names of the model and the data.
+
+    Returns:
+        Figure: coverage with two standard errors on either side, and the diagonal, where it is
+        nominal.
+
+    Raises:
+        ValueError: ``coverage`` is something else.
+
+    Reference:
+        Hermans et al., A trust crisis in simulation-based inference? Your posterior approximations
+        can be unfaithful, 2022.
+
+    Example:
+        >>> import probae
+        >>> from probae.plots import coverage
+        >>> len(coverage(probae.expected_coverage(probae.PPCA(5, 2), 200)).axes)
+        1
+    """
+    if not isinstance(coverage, Coverage):
+        raise ValueError(
+            "coverage must be what probae.expected_coverage returned, got "
+            f"{type(coverage).__name__}"
+        )
+    order = coverage.levels.argsort()
+    levels, share, error = (
+        column[order].cpu().numpy()
+        for column in (coverage.levels, coverage.coverage, coverage.std_error)
+    )
+    figure = Figure(figsize=(5.5, 5.8), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1, label="nominal")
+    axes.fill_between(
+        levels,
+        share - 2 * error,
+        share + 2 * error,
+        color="C0",
+        alpha=0.3,
+        linewidth=0,
+        label="± 2 standard errors",
+    )
+    count = len(coverage.credibility)
+    axes.plot(levels, share, color="C0", marker="o", markersize=3, label=f"{count} simulations")
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.set_xlabel(
+        "nominal level of the region of highest density\n"
+        "curve above the diagonal: encoder too wide; below: too narrow, or off"
+    )
+    axes.set_ylabel("share of simulated codes inside")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="upper left")
+    if title is None:
+        title = f"Coverage of the encoder: p = {coverage.p_value:.2g}"
+    _set_title(figure, title)
+    return figure
+
+
+def _rank_histograms(ranks: CalibrationRanks, bins: int | None, title: str) -> Figure:
+    """One panel a quantity: counts, and the central 99 % of each bin's binomial law."""
+    counts, expected = ranks.histogram(bins).cpu().numpy(), ranks.expected(bins).cpu().numpy()
+    size, ends = len(expected), ranks.num_draws + 1
+    edges = -(-np.arange(size + 1) * ends // size) - 0.5  # a rank is at the middle of its own unit
+    low, high = _binomial_band(len(ranks.ranks), expected / len(ranks.ranks))
+    columns = min(len(counts), 3)
+    rows = math.ceil(len(counts) / columns)
+    figure = Figure(figsize=(max(4 * columns, 5), 2.6 * rows + 1.4), dpi=DPI, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, name, row, p in zip(
+        grid.flat, ranks.names, counts, ranks.p_values.tolist(), strict=False
+    ):
+        axes.stairs(row, edges, fill=True, color="0.6", label="simulations")
+        axes.stairs(
+            high,
+            edges,
+            baseline=low,
+            fill=True,
+            color="C0",
+            alpha=0.35,
+            label="99 % of bins, were ranks uniform",
+        )
+        axes.stairs(expected, edges, baseline=None, color="C0", linestyle="--", label="expected")
+        axes.set_title(f"{name}: p = {p:.2g}", fontsize="medium", parse_math=False)
+        axes.set_xlim(edges[0], edges[-1])
+    for axes in grid.flat[len(counts) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("simulations in a bin")
+    for column in range(columns):
+        lowest = [axes for axes in grid[:, column] if axes.get_visible()][-1]
+        lowest.set_xlabel(f"rank among {ranks.num_draws} draws")
+        lowest.tick_params(labelbottom=True)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    reading = textwrap.fill(_READING, int(11 * figure.get_figwidth()))
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=3,
+        fontsize="small",
+        frameon=False,
+        title=reading,
+        title_fontsize="small",
+    )
+    _set_title(figure, title)
+    return figure
+
+
+_READING = (
+    "a coordinate high at both ends: encoder too narrow; in the middle: too wide; at one end: off "
+    "to the other side. log p(x|z) high at the right: draws of the encoder fit x worse than the "
+    "true code does"
+)
+
+
+def _rank_lines(ranks: CalibrationRanks, title: str) -> Figure:
+    """One panel for all quantities: distribution functions of the ranks, less the uniform one."""
+    total, ends = len(ranks.ranks), ranks.num_draws + 1
+    uniform = np.arange(1, ends) / ends
+    ticks = np.concatenate([[0], uniform, [1]])  # all lines begin and end at 0
+    tables = ranks.histogram(ends).cpu().double().numpy()  # (Q, L + 1)
+    lines = tables.cumsum(1)[:, :-1] / total - uniform
+    spread = np.sqrt(uniform * (1 - uniform) / total)
+    draws = np.random.default_rng(0).multinomial(total, np.full(ends, 1 / ends), size=20_000)
+    far = np.abs(draws.cumsum(1)[:, :-1] / total - uniform) / spread
+    limit = np.quantile(far.max(1), 1 - 0.01 / len(lines))
+    worth = (np.abs(lines) / spread).max(1)  # how far each line goes out, in units of the band's
+    band = np.pad(limit * spread, 1)
+    lines = np.pad(lines, ((0, 0), (1, 1)))
+    figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(
+        ticks, -band, band, color="C0", alpha=0.25, linewidth=0, label="99 % band for all lines"
+    )
+    worst = [int(q) for q in (-worth).argsort()[:8] if worth[q] > limit]
+    rest = [q for q in range(len(lines)) if q not in worst]
+    for q in rest:
+        label = f"{'the other ' if worst else ''}{len(rest)} quantities" if q == rest[0] else None
+        axes.plot(ticks, lines[q], color="0.55", linewidth=0.7, label=label)
+    for place, q in enumerate(worst):
+        style = ("-", "--", "-.", ":")[place % 4]
+        axes.plot(ticks, lines[q], color=f"C{place + 1}", linestyle=style, label=ranks.names[q])
+    axes.axhline(0, color="0.2", linewidth=0.8)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(f"share of the {ranks.num_draws} draws below the code\n{_SLOPES}")
+    axes.set_ylabel("distribution function of the ranks,\nless the uniform one")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    _set_title(figure, title)
+    return figure
+
+
+_SLOPES = "up, then down: encoder too narrow; down, then up: too wide; a bow to one side: off"
+
+
+def _binomial_band(total: int, shares: np.ndarray, mass: float = 0.99) -> tuple[Any, Any]:
+    """Return the ends of the central mass of binomial counts, one for each share."""
+    counts = torch.arange(total + 1, dtype=torch.float64)
+    law = torch.distributions.Binomial(total, torch.from_numpy(shares)[:, None])
+    cumulative = law.log_prob(counts).exp().cumsum(1)  # (bins, total + 1)
+    tail = cumulative.new_tensor([(1 - mass) / 2, (1 + mass) / 2]).expand(len(shares), 2)
+    low, high = torch.searchsorted(cumulative, tail.contiguous()).unbind(1)
+    return low.numpy(), high.clamp(max=total).numpy()
+
+
+def _set_title(figure: Figure, title: str) -> None:
+    """Set a title that is wrapped to the width of the figure."""
+    text = textwrap.fill(title, max(20, int(9.5 * figure.get_figwidth())))
+    figure.suptitle(text, fontsize=12, parse_math=False)
 
 
 def _mosaic(

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +21,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import __version__
+from .annealing import Annealing
 from .autoencoder import Autoencoder, seeded
 from .checks import likelihood_of
 from .datasets import DATASET_NAMES, Splits, as_tensor, binarize, dequantize, load_dataset
 from .distributions import GreyBernoulli, has_component
-from .likelihood import LogLikelihood, log_likelihood
+from .likelihood import LikelihoodWarning, LogLikelihood, log_likelihood
 from .saving import RECIPE, TENSORS, load
 
 RUN_FORMAT, DEMO_FORMAT = "probae-run/1", "probae-demo/1"
@@ -142,13 +144,19 @@ def measure(
     method: str,
     num_samples: int | None,
     seed: int,
+    annealing: Annealing | None = None,
 ) -> tuple[LogLikelihood, str]:
     """Return the log-likelihood of data in the form the pair was trained on, and what to note."""
     if method == "exact" and num_samples is not None:
-        raise ValueError("--num-samples goes with --method elbo and iwae, not exact")
+        raise ValueError("--num-samples goes with --method elbo, iwae and ais, not exact")
     x, note = as_measured(pair, record, x, levels, seed)
     progress = sys.stderr.isatty()
-    return log_likelihood(pair, x, method, num_samples, seed=seed, progress=progress), note
+    with warnings.catch_warnings():  # the report says it
+        warnings.simplefilter("ignore", LikelihoodWarning)
+        ll = log_likelihood(
+            pair, x, method, num_samples, annealing=annealing, seed=seed, progress=progress
+        )
+    return ll, note
 
 
 def untrusted(ll: LogLikelihood) -> float | None:

@@ -66,6 +66,8 @@ def sample(pair: Autoencoder, num_samples: int = 1, *, seed: int | None = None) 
             "a proper one, such as prior='normal'"
         )
     with frozen(pair, seed):
+        if seed is not None:  # log_likelihood at this very seed would propose these very codes
+            torch.manual_seed((seed + 1_000_003) % 2**32)
         z = pair.prior().sample(torch.Size((num_samples,)))
         return Samples(pair.decoder(z).sample().to(pair.dtype), z)
 

@@ -16,7 +16,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from .distributions import is_point
+from .distributions import is_discrete, is_point
 
 Program = Callable[..., Any]
 Site = dict[str, Any]
@@ -86,6 +86,13 @@ def elbo_terms(
 def log_weights(model: Program, guide: Program, *args: Any, num_particles: int = 1) -> Tensor:
     r"""Return log importance weights, (K, N) in nats: :math:`\log p(x, z_k) - \log q(z_k|x)`."""
     traces = trace_pair(model, guide, args, {}, num_particles)
+    for name in traces.model.keys() & traces.guide.keys():
+        drawn, given = traces.guide[name]["fn"], traces.model[name]["fn"]
+        if is_point(drawn) and not (is_point(given) or is_discrete(given)):
+            raise ValueError(
+                f"guide site {name!r} is a point code (Delta) for these data: its weights are the "
+                "joint density, no bound; use an encoder that has a density for all data"
+            )
     terms = sum_terms(traces, analytic=False, detach_guide=False, per_datum=True)
     return terms.log_likelihood - terms.kl
 

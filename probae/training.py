@@ -17,10 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from .autoencoder import Autoencoder, Kind, local_parameters, seeded
-from .checks import TrainingData, require_gradients, require_pair
+from .checks import TrainingData, is_grey, require_gradients, require_pair
 from .compiling import Accelerator, CompiledStep, require_mode
-from .corruptions import encoder_input
-from .distributions import base_distribution
 from .monitoring import (
     bound_on,
     broken_parameter,
@@ -72,6 +70,12 @@ class Run(NamedTuple):
             f"{last})"
         )
 
+    def summary(self) -> str:
+        """Return first, best and last epoch as a small table, and what its numbers are about."""
+        from .rendering import summarize
+
+        return summarize(self)
+
 
 def fit(
     pair: Autoencoder,
@@ -89,7 +93,7 @@ def fit(
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     seed: int | None = 0,
     progress: bool = True,
-    compile: bool | str = "auto",
+    compile: bool | str = False,
 ) -> Run:
     r"""Train a pair by stochastic variational inference.
 
@@ -122,10 +126,12 @@ def fit(
         optimizer: called with the parameters and ``lr``; default torch's fused Adam.
         seed: of initial shuffling, noise and binarisation; None draws from the global stream.
         progress: show a progress bar.
-        compile: whether to take the steps as one compiled graph (:mod:`probae.compiling`), which
-            computes the same numbers up to rounding, about twice as fast, after some seconds of
-            compilation. ``"auto"``: where the rest of the run would take more than 30 seconds and
-            the step can be compiled, which a warning denies otherwise; True: always, or raise.
+        compile: take the steps as one compiled graph (:mod:`probae.compiling`), which computes the
+            same numbers up to rounding, in about two thirds of the time once some seconds of
+            compilation are over. True: always, or raise; ``"auto"``: where the rest of the run
+            would take more than 30 seconds and the step can be compiled, else with a warning that
+            says why not. What a custom objective does in Python, beside computing the loss from
+            tensors, happens at the first steps alone.
 
     Returns:
         Run: history and facts of the run.
@@ -153,7 +159,6 @@ def fit(
     kind = pair.kind  # here, so that replaced parts that do not fit are named
     warmup = getattr(objective, "warmup_epochs", 0.0)
     data = TrainingData(pair, x, "x", binarize)
-    _check_density(pair, objective)
     devices = {pair.device}
     with contextlib.ExitStack() as stack:
         if seed is not None:
@@ -245,7 +250,7 @@ def fit(
         objective=type(objective).__name__,
         kl_method=dict(getattr(objective, "kl_method", {})),
         kind=kind_of_loss(kind, objective),
-        bound_on=bound_on(pair, grey=not binarize and data.is_grey()),
+        bound_on=bound_on(pair, grey=is_grey(monitor) or (not binarize and data.is_grey())),
         seconds=time.perf_counter() - start,
         compile_seconds=compiler.seconds,
         eager_because=compiler.eager_because,
@@ -366,21 +371,6 @@ def _check_objective(objective: Any) -> None:
         raise ValueError(
             f"objective {type(objective).__name__} cannot be differentiated here; use probae.ELBO, "
             "pyro.infer.Trace_ELBO or TraceMeanField_ELBO, or train with pyro.infer.SVI"
-        )
-
-
-def _check_density(pair: Autoencoder, objective: pyro.infer.ELBO) -> None:
-    """Refuse what would leave parameters untrained without a word."""
-    if not isinstance(objective, pyro.infer.TraceMeanField_ELBO):
-        return
-    x = torch.zeros(1, *pair.x_shape).to(pair.device, pair.dtype)
-    with seeded(0, {pair.device}), torch.enable_grad(), local_parameters():
-        code = base_distribution(pair.encoder(encoder_input(pair.corruption, x)))
-    log_density = getattr(code, "log_density", None)
-    if isinstance(log_density, Tensor) and log_density.requires_grad:
-        raise ValueError(
-            "objective TraceMeanField_ELBO does not look at the log-density of a point code, "
-            "through which this encoder learns; use probae.ELBO() or pyro.infer.Trace_ELBO()"
         )
 
 

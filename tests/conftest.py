@@ -1,5 +1,6 @@
 """The table of pairs that the contract tests go through, and what every test starts from."""
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,10 @@ from torch import Tensor
 
 import probae
 from probae import Autoencoder, Kind
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each is faster
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
 
 N = 7  # data of a batch, equal to no other size below, so that no wrong axis fits by accident
 VECTOR, IMAGE = (9,), (2, 5, 6)  # odd sizes: strided convolutions have to round up

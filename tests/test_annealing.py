@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -41,7 +42,7 @@ def test_annealing_reaches_the_exact_likelihood_from_below(start: str) -> None:
         assert ll.method == "ais"
         assert ll.acceptance is not None
         assert 0.4 < float(ll.acceptance.mean()) < 0.9
-        assert "ais, 8 samples, lower bound" in repr(ll)
+        assert "ais, 8 samples, lower bound, median ESS" in repr(ll)
     assert gaps[0] > gaps[1] > gaps[2] > -0.1, gaps
     assert gaps[2] < 1.0, gaps
 
@@ -56,7 +57,7 @@ def test_bidirectional_bounds_bracket_the_exact_likelihood_and_close() -> None:
         assert (sandwich.lower - exact).mean() < 0 < (sandwich.upper - exact).mean()
         gaps.append(sandwich.gap)
         assert 0 < sandwich.gap_std_error < 0.5 * gaps[0]
-        assert "<= log p(x) <=" in repr(sandwich)
+        assert "bounds on log p(x) in expectation" in repr(sandwich)
         # the forward half is what log_likelihood gives, up to noise
         ll = probae.log_likelihood(pair, sandwich.x, "ais", 4, annealing=options)
         assert ll.mean == pytest.approx(float(sandwich.lower.mean()), abs=0.5 * gaps[0])
@@ -65,12 +66,56 @@ def test_bidirectional_bounds_bracket_the_exact_likelihood_and_close() -> None:
 
 
 def test_five_hundred_temperatures_are_within_half_a_nat_of_exact() -> None:
+    # with 64 chains each datum, below 0.36 in seven trials with other data and seeds; with the
+    # default 16 single data may be a nat off, and their mean below 0.2 in eight trials
     pair = linear_pair()
     x = probae.sample(pair, 8, seed=1).x
     exact = probae.log_likelihood(pair, x, "exact")
     ll = probae.log_likelihood(pair, x, "ais", 64)  # 500 temperatures
     assert (ll.values - exact.values).abs().max() < 0.5
     assert abs(ll.mean - exact.mean) < 0.1
+    default = probae.log_likelihood(pair, x, "ais")
+    assert default.num_samples == 16
+    assert abs(default.mean - exact.mean) < 0.5
+    assert ((default.std_error < 1) | default.std_error.isinf()).all()
+
+
+def test_ais_warns_where_one_chain_carries_the_weight() -> None:
+    # 784 dimensions that are sharply determined, and few temperatures: tens of nats too low
+    torch.manual_seed(0)
+    pair = probae.PPCA(300, 5, scale=0.01)
+    x = probae.sample(pair, 4, seed=1).x
+    options = Annealing(30, num_leapfrogs=3, num_pilot=10)
+    with pytest.warns(probae.LikelihoodWarning, match="one of 16 chains .*num_temperatures"):
+        ll = probae.log_likelihood(pair, x, "ais", annealing=options)
+    exact = probae.log_likelihood(pair, x).values
+    assert (exact - ll.values).max() > 5
+    assert ll.unreliable == float((ll.ess < 2).double().mean()) > 0
+    assert ll.std_error[ll.ess < 2].isinf().all()
+    assert ll.std_error[ll.ess >= 2].isfinite().all()
+
+
+def test_a_mixture_under_independent_is_annealed() -> None:
+    class Mixtures(torch.nn.Module):
+        def forward(self) -> torch.distributions.Distribution:
+            weights = dist.Categorical(torch.full((2, 3), 1 / 3))
+            parts = dist.Normal(torch.tensor([[-2.0, 0.0, 2.0]] * 2), 0.5)
+            return dist.MixtureSameFamily(weights, parts).to_event(1)
+
+    torch.manual_seed(0)
+    pair = Autoencoder(
+        Mixtures(),
+        probae.GaussianEncoder(probae.MLP(3, (2, 2))),
+        probae.GaussianDecoder(probae.MLP(2, 3), scale=0.7),
+    )
+    x = torch.randn(3, 3)
+    axis = torch.linspace(-6, 6, 401)
+    grid = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        log_joint = pair.prior().log_prob(grid)[:, None] + pair.decoder(grid[:, None]).log_prob(x)
+    exact = log_joint.logsumexp(0) + 2 * math.log(12 / 400)
+    ll = probae.log_likelihood(pair, x, "ais", 100, annealing=Annealing(60))
+    assert (ll.values - exact).abs().max() < 0.2  # four standard errors
 
 
 def test_simulation_is_reproducible_and_can_start_at_a_proposal() -> None:
@@ -157,7 +202,8 @@ def test_every_continuous_prior_against_quadrature(prior: object) -> None:
         log_joint = pair.prior().log_prob(grid)[:, None] + pair.decoder(grid[:, None]).log_prob(x)
     exact = log_joint.logsumexp(0) + k * math.log(float(axis[1] - axis[0]))
     for start in ("prior", "encoder"):
-        options = Annealing(40, num_leapfrogs=5, num_pilot=15, start=start)
+        steps = 40 if start == "prior" else 160
+        options = Annealing(steps, num_leapfrogs=5, num_pilot=15, start=start)
         ll = probae.log_likelihood(pair, x, "ais", 200, annealing=options)
         # four standard errors of the estimate, and the error of quadrature; an encoder that nobody
         # trained may miss mass, then the estimate is too low

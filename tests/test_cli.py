@@ -34,6 +34,9 @@ class Result(NamedTuple):
     err: str
 
 
+STARTS = ("prior", "encoder")
+
+
 def probae_cli(*arguments: object) -> Result:
     """Run the command line in this process."""
     out, err = io.StringIO(), io.StringIO()
@@ -368,6 +371,20 @@ def test_evaluate_is_reproducible(vae: Path, tmp_path: Path) -> None:
     assert "Pareto" not in succeed("evaluate", run, "-k", 3, "--limit", 2), "too few for a tail"
 
 
+def test_evaluate_anneals_as_told(vae: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(vae, tmp_path / "run")
+    options = ["--method", "ais", "-k", 4, "--limit", 5, "--temperatures", 12, "--seed", 1]
+    shown = {start: succeed("evaluate", run, *options, "--start", start) for start in STARTS}
+    x = probae.binarize(probae.load_dataset("digits").test[:5], seed=1)
+    for start in STARTS:
+        expected = probae.log_likelihood(
+            probae.load(run), x, "ais", 4, annealing=probae.Annealing(12, start=start), seed=1
+        )
+        assert f"{expected.mean:.4f} ± {expected.mean_std_error:.4f}" in shown[start]
+    records = read(run / "evaluation.json")
+    assert [(r["start"], r["temperatures"]) for r in records] == [(s, 12) for s in STARTS]
+
+
 def test_evaluate_leaves_black_and_white_data_alone(tmp_path: Path, files: Path) -> None:
     run = tmp_path / "run"
     succeed("fit", "vae", "--data", files / "bits.npy", "--out", run, *FAST)
@@ -463,7 +480,10 @@ def test_fit_refuses(tmp_path: Path, files: Path, arguments: str, message: str) 
     [
         ("-k 0", "num_samples must be an int >= 1, got 0"),
         ("--method exact", "method='exact' needs a linear-Gaussian pair"),
-        ("--method exact -k 5", "--num-samples goes with --method elbo and iwae"),
+        ("--method exact -k 5", "--num-samples goes with --method elbo, iwae and ais"),
+        ("--start encoder", "--temperatures and --start go with --method ais"),
+        ("--method iwae --temperatures 9", "--temperatures and --start go with --method ais"),
+        ("--method ais --temperatures 0", "num_temperatures must be an int >= 1, got 0"),
         ("--limit 0", "--limit must be a whole number >= 1"),
         ("--data {files}/vectors.npy", "x must have shape (N, 1, 8, 8)"),
         ("--data {files}", "--data must be one of digits"),

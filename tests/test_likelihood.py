@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+import warnings
 
 import arviz
 import numpy as np
@@ -11,9 +12,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions.transforms import (
+    AbsTransform,
+    AffineTransform,
+    ComposeTransform,
+    LowerCholeskyTransform,
+    SigmoidTransform,
+    StickBreakingTransform,
+)
 
 import probae
-from probae import likelihood
+from probae import importance, memory
 from probae.arviz import pareto_khat
 
 
@@ -64,7 +73,7 @@ def test_evidence_of_all_binary_data_sums_to_one() -> None:
 def test_small_chunks_of_states_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, x = discrete(probae.BernoulliPrior(6), 6), binary(9, 5)
     whole = probae.log_likelihood(pair, x).values
-    monkeypatch.setattr(likelihood, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 1000)
     assert torch.allclose(probae.log_likelihood(pair, x).values, whole, atol=1e-12)
 
 
@@ -72,14 +81,16 @@ def test_too_many_states_are_refused_and_estimated_instead() -> None:
     pair, x = discrete(probae.BernoulliPrior(40), 40), binary(3, 5)
     with pytest.raises(ValueError, match="method='exact' needs"):
         probae.log_likelihood(pair, x, "exact")
-    assert probae.log_likelihood(pair, x, num_samples=50).method == "iwae"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", probae.LikelihoodWarning)
+        assert probae.log_likelihood(pair, x, num_samples=50).method == "iwae"
 
 
 def test_streaming_sums_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     blocks = [torch.randn(k, 4, dtype=torch.float64) * 3 for k in (7, 1, 250, 42)]
     weights = torch.cat(blocks)
-    streaming = likelihood._StreamingWeights(300, torch.zeros(4, 1))
+    streaming = importance.StreamingWeights(300, torch.zeros(4, 1))
     for block in blocks:
         streaming.add(block)
     values, std_error, ess, khat = streaming.iwae()
@@ -111,7 +122,7 @@ def test_chunks_of_data_and_samples_estimate_the_same(
 ) -> None:
     pair, x = vae(), binary()
     whole = probae.log_likelihood(pair, x, method, num_samples=4000)
-    monkeypatch.setattr(likelihood, "CHUNK_BYTES", 8 * 6 * 100)  # 100 rows at once
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 8 * 6 * 100)  # 100 rows at once
     parts = probae.log_likelihood(pair, x, method, num_samples=4000, seed=1)
     error = torch.hypot(whole.std_error, parts.std_error)
     assert ((whole.values - parts.values).abs() < 5 * error).all()
@@ -337,7 +348,9 @@ def test_pareto_k_where_there_is_no_tail() -> None:
     two_larger = torch.zeros(200, 1)
     two_larger[:2] = 1.0
     impossible = torch.full((200, 1), -math.inf)
-    khat = pareto_khat(torch.cat([torch.zeros(200, 1), two_larger, impossible], 1), 4000)
+    rounding = 1e-12 * torch.rand(200, 1, dtype=torch.float64)
+    same = torch.zeros(200, 1)  # as of draws that are all one code
+    khat = pareto_khat(torch.cat([rounding, two_larger, impossible, same], 1), 4000)
     assert khat[0] == 0
     assert khat[1:].isnan().all()
 
@@ -357,7 +370,7 @@ def test_comparison_is_paired() -> None:
     swapped = probae.compare(second, first)
     assert swapped.difference == -found.difference
     bound = probae.log_likelihood(models[1], x, "elbo", 5)
-    assert "difference of lower bounds" in repr(probae.compare(first, bound))
+    assert "an upper bound on the difference" in repr(probae.compare(first, bound))
 
 
 def test_comparison_of_other_data_is_refused() -> None:
@@ -369,3 +382,180 @@ def test_comparison_of_other_data_is_refused() -> None:
         probae.compare(ll, probae.log_likelihood(probae.PPCA(4, 2), torch.randn(6, 4)))
     with pytest.raises(ValueError, match="second must be a LogLikelihood"):
         probae.compare(ll, ll.values)
+
+
+def poor_encoder(scale: float) -> tuple[probae.Autoencoder, Tensor]:
+    """Return a pair whose encoder is N(0, scale²) whatever x is, under p(z) = N(0, 1)."""
+    torch.manual_seed(0)
+    encoder = probae.GaussianEncoder(probae.MLP(6, (2, 1)))
+    with torch.no_grad():
+        encoder.network.output.weight.zero_()
+    pair = probae.Autoencoder(
+        probae.StandardNormalPrior(1), encoder, probae.BernoulliDecoder(probae.MLP(1, 6))
+    )
+    encoder.network.set_bias(torch.tensor([[0.0], [math.log(math.expm1(scale))]]))
+    return pair.double(), binary(40, 6)
+
+
+def test_auto_warns_of_data_it_cannot_be_trusted_on_and_names_the_way_out() -> None:
+    # a proposal of scale s under weights like N(0, 1): k is 1 - s² in the limit, 0.91 at 0.3
+    pair, x = poor_encoder(0.3)
+    with pytest.warns(probae.LikelihoodWarning, match=r"use method='ais'") as caught:
+        ll = probae.log_likelihood(pair, x)
+    assert caught[0].filename == __file__  # the caller's line, so that it can be filtered by module
+    share = float((ll.khat > 0.7).double().mean())
+    assert share > 0.5
+    assert ll.unreliable == share
+    assert f"for {100 * share:.0f} % of 40 data" in str(caught[0].message)
+    with pytest.warns(probae.LikelihoodWarning, match="cannot be told, for 100 %"):
+        assert probae.log_likelihood(pair, x, num_samples=20).unreliable == 1  # too few for a tail
+    assert f"no estimate for {100 * share:.0f} % of the data by Pareto k" in repr(ll)
+    better = probae.log_likelihood(pair, x, "ais", annealing=probae.Annealing(50))
+    grid = torch.linspace(-9, 9, 20_001, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        log_joint = pair.prior().log_prob(grid)[:, None] + pair.decoder(grid[:, None]).log_prob(x)
+    exact = log_joint.logsumexp(0) + math.log(18 / 20_000)
+    assert (better.values - exact).abs().max() < 0.1
+
+
+def test_auto_is_silent_where_the_samples_serve_and_explicit_methods_always_are() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pair, x = poor_encoder(1.2)
+        ll = probae.log_likelihood(pair, x)
+        assert ll.method == "iwae"
+        assert ll.unreliable == 0
+        assert "Pareto" not in repr(ll)
+        probae.log_likelihood(*poor_encoder(0.3), "iwae")
+        assert probae.log_likelihood(probae.PPCA(6, 2).double(), x).unreliable is None
+
+
+def test_advice_for_discrete_codes_is_another() -> None:
+    pair, x = discrete(probae.BernoulliPrior(40, 0.01), 40), binary(5, 5)
+    with pytest.warns(probae.LikelihoodWarning, match=r"use more samples \(num_samples > 300\)"):
+        probae.log_likelihood(pair, x, num_samples=300)
+
+
+def test_likelihood_before_a_scaling_is_that_of_the_rescaled_model() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(7, 4, dtype=torch.float64) * torch.tensor([1.0, 10.0, 0.1, 3.0]) + 5
+    a = torch.tensor([0.5, 0.1, -7.0, 2.0], dtype=torch.float64)
+    scaling = AffineTransform(-2.0, a)
+    pair = probae.PPCA(4, 2).double()
+    ll = probae.log_likelihood(pair, scaling(x))
+    weight, bias, scale = (part.detach() for part in pair.decoder.affine())
+    covariance = weight @ weight.T + scale**2 * torch.eye(4, dtype=torch.float64)
+    pushed = torch.distributions.MultivariateNormal(
+        (bias + 2) / a, torch.diag(1 / a) @ covariance @ torch.diag(1 / a)
+    )
+    before = ll.before(scaling, x)
+    assert torch.allclose(before.values, pushed.log_prob(x), atol=1e-10)
+    assert not before.is_bound
+    assert before.bits_per_dim == pytest.approx(-before.mean / 4 / math.log(2))
+    chain = ComposeTransform([AffineTransform(1.0, 3.0), AffineTransform(-5.0, 1 / 3)])
+    assert torch.allclose(ll.before(chain, x).values, ll.values)  # 3 · 1/3 = 1
+
+
+def test_likelihood_before_a_logit_is_a_density_on_the_unit_interval() -> None:
+    pair = probae.PPCA(2, 1).double()
+    axis = (torch.arange(300, dtype=torch.float64) + 0.5) / 300
+    grid = torch.cartesian_prod(axis, axis)
+    logit = SigmoidTransform().inv
+    ll = probae.log_likelihood(pair, logit(grid)).before(logit, grid)
+    assert float(ll.values.exp().mean()) == pytest.approx(1, abs=1e-4)
+
+
+def test_likelihood_before_a_scaling_of_images() -> None:
+    images = probae.VAE((1, 2, 2), 2, likelihood="gaussian").double()
+    y = torch.randn(5, 1, 2, 2, dtype=torch.float64)
+    ll = probae.log_likelihood(images, y, "elbo", 10)
+    double = ll.before(AffineTransform(0, 2), y / 2)
+    assert torch.allclose(double.values, ll.values + 4 * math.log(2))
+
+
+def test_probabilities_of_grey_levels_sum_to_at_most_one() -> None:
+    # every x of two pixels of three levels: the bound Σ_k exp E_u log p((k+u)/3) / 3² is below 1
+    pair = probae.PPCA(2, 1, scale=0.4).double()
+    u = (torch.arange(60, dtype=torch.float64) + 0.5) / 60
+    total = 0.0
+    for k in itertools.product(range(3), repeat=2):
+        x = (torch.tensor(k) + torch.cartesian_prod(u, u)) / 3
+        bound = probae.log_likelihood(pair, x).discrete(3)
+        assert bound.is_bound
+        total += math.exp(bound.mean)
+    inside = total + 0.0
+    assert 0 < inside < 1
+    ll = probae.log_likelihood(pair, x)
+    assert ll.discrete(256).bits_per_dim == pytest.approx(ll.bits_per_dim + 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda ll, x: ll.discrete(1), "levels must be an int >= 2"),
+        (lambda ll, x: ll.discrete(2.5), "levels must be an int >= 2"),
+        (lambda ll, x: ll.before(lambda x: 2 * x, x), "transform must be an invertible torch.dist"),
+        (lambda ll, x: ll.before(AffineTransform(0, 2), x[:3]), "x must be the 5 data of dim"),
+        (lambda ll, x: ll.before(AffineTransform(0, 2), x[:, :1]), "x must be the 5 data of dim"),
+        (lambda ll, x: ll.before(SigmoidTransform().inv, x + 9), "must lie in the domain"),
+        (lambda ll, x: ll.before(LowerCholeskyTransform(), x), "must be an invertible"),
+        (lambda ll, x: ll.before(AbsTransform(), x), "must be an invertible"),
+        (lambda ll, x: ll.before(AffineTransform(0, 0), x), "has no finite log-determinant"),
+        (lambda ll, x: ll.before(AffineTransform(0, 2), x * math.nan), "x .*NaN|x .*finite"),
+        (lambda ll, x: ll.before(StickBreakingTransform(), x), "must keep the number of dimen"),
+    ],
+)
+def test_bad_preprocessing_is_refused(call: object, message: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 2)
+    ll = probae.log_likelihood(probae.PPCA(2, 1), x)
+    with pytest.raises(ValueError, match=message):
+        call(ll, x)
+
+
+def test_auto_sees_through_draws_that_are_all_the_same() -> None:
+    pair, x = discrete(probae.BernoulliPrior(24), 24), binary(5, 5)
+    with torch.no_grad():  # a saturated encoder
+        pair.encoder.network.output.weight.mul_(1e4)
+    with pytest.warns(probae.LikelihoodWarning):
+        ll = probae.log_likelihood(pair, x, num_samples=200)
+    assert ll.ess.min() == pytest.approx(200)  # which alone would look perfect
+    assert ll.unreliable == 1
+
+
+def test_standard_error_is_unknown_where_one_sample_carries_the_weight() -> None:
+    streaming = importance.StreamingWeights(100, torch.zeros(2, 1))
+    weights = torch.zeros(100, 2, dtype=torch.float64)
+    weights[0, 1] = 50.0
+    streaming.add(weights)
+    _, std_error, ess, _ = streaming.iwae()
+    assert std_error.tolist() == [0.0, math.inf]
+    assert ess.tolist() == pytest.approx([100.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "density"),
+    [("bernoulli", False), ("poisson", False), ("discretized-logistic", False), ("gaussian", True)],
+)
+def test_probabilities_take_no_volume_correction(likelihood: str, density: bool) -> None:
+    pair, x = probae.VAE(3, 2, likelihood=likelihood), torch.ones(4, 3)
+    ll = probae.log_likelihood(pair, x, "iwae", 30)
+    assert ll.is_density is density
+    calls = (lambda a: a.discrete(4), lambda a: a.before(AffineTransform(0, 2.0), x / 2))
+    if density:
+        assert not ll.discrete(4).is_density
+        ll = ll.discrete(4)
+    for call in calls:
+        with pytest.raises(ValueError, match="are log-probabilities of discrete data"):
+            call(ll)
+
+
+def test_a_comparison_says_what_it_is() -> None:
+    pair, x = probae.PPCA(3, 1), torch.randn(9, 3)
+    exact, bound = (probae.log_likelihood(pair, x, method) for method in ("exact", "elbo"))
+    assert repr(probae.compare(exact, exact)).endswith("paired)")
+    assert "; an upper bound on the difference" in repr(probae.compare(exact, bound))
+    assert "; a lower bound on the difference" in repr(probae.compare(bound, exact))
+    assert "which is no bound" in repr(probae.compare(exact.discrete(2), bound.discrete(2)))
+    with pytest.raises(ValueError, match="both be densities, or both probabilities"):
+        probae.compare(exact, exact.discrete(2))

@@ -10,11 +10,19 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 from torch import Tensor
 
 import probae
 from probae import plots
-from probae.plots import loss_curve, reconstructions, samples
+from probae.plots import (
+    calibration_ranks,
+    coverage,
+    loss_curve,
+    reconstructions,
+    samples,
+    traversals,
+)
 
 IMAGE_SHAPES = [(1, 6, 5), (6, 5), (3, 6, 5)]
 
@@ -197,6 +205,179 @@ def test_pyplot_knows_of_no_figure() -> None:
     assert pyplot.get_fignums() == before
     assert matplotlib.get_backend() == backend
     assert not hasattr(plots, "pyplot")
+
+
+# ---- walks, ranks and coverage -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", IMAGE_SHAPES)
+def test_traversals_are_decoder_means_a_row_a_coordinate(shape: tuple[int, ...]) -> None:
+    pair = probae.VAE(shape, 3, hidden=(8,))
+    figure = traversals(pair, dimensions=[2, 0], num_steps=5)
+    shown = sheet(figure)
+    assert shown.shape[:2] == (2 * 7 - 1, 5 * 6 - 1)
+    walk = probae.traverse(pair, dimensions=[2, 0], num_steps=5)
+    for row in range(2):
+        for column in range(5):
+            expected = as_image(walk.x.mean[row, column])
+            pixels = shown[row * 7 : row * 7 + 6, column * 6 : column * 6 + 5]
+            np.testing.assert_allclose(pixels, expected, atol=1e-6)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["z[2]", "z[0]"]
+    values = [f"{value:.3g}" for value in walk.values[0].tolist()]
+    assert [label.get_text() for label in axes.get_xticklabels()] == values
+    assert axes.get_xlabel() == "value of the coordinate"
+    assert "around the mean of the prior" in figure.get_suptitle().replace("\n", " ")
+
+
+def test_traversals_say_what_they_leave_out_and_where_they_start() -> None:
+    pair = probae.VAE((6, 5), 12, hidden=(8,))
+    figure = traversals(pair, num_steps=2)
+    assert len(figure.axes[0].get_yticklabels()) == 10
+    assert "(the first 10 of 12 coordinates)" in figure.get_suptitle().replace("\n", " ")
+    figure = traversals(pair, torch.rand(6, 5).round(), [11], [0.0, 1.0], space="x")
+    assert "around the mean code of a datum" in figure.get_suptitle().replace("\n", " ")
+    assert "first" not in figure.get_suptitle()
+    assert "around a code" in traversals(pair, torch.zeros(12), [11]).get_suptitle().replace(
+        "\n", " "
+    )
+
+
+def test_columns_of_different_values_are_not_labelled_as_one() -> None:
+    pair = probae.VAE((6, 5), 2, hidden=(8,), prior="mixture")
+    (axes,) = traversals(pair).axes
+    assert axes.get_xticklabels() == []
+    assert axes.get_xlabel() == "value of the coordinate: low to high quantiles of its prior"
+    (axes,) = traversals(pair, values=[[0.0], [1.0]]).axes
+    assert axes.get_xlabel() == "value of the coordinate: as given for each row"
+
+
+def test_traversals_refuse_what_they_cannot_draw() -> None:
+    with pytest.raises(ValueError, match="pair must be on images"):
+        traversals(probae.VAE(9, 2, hidden=(8,)))
+    with pytest.raises(ValueError, match="mean is undefined"):
+        traversals(probae.VAE((6, 5), 2, likelihood="categorical"))
+    with pytest.raises(ValueError, match="limits must be two increasing numbers"):
+        traversals(probae.VAE((6, 5), 2), limits=(1.0, 0.0))
+
+
+def ranks_of(
+    z_dim: int, num_simulations: int = 400, num_draws: int = 19
+) -> probae.CalibrationRanks:
+    return probae.simulation_based_calibration(
+        probae.PPCA(z_dim + 1, z_dim), num_simulations, num_draws, seed=1
+    )
+
+
+@pytest.mark.parametrize("bins", [None, 7])
+def test_rank_histograms_show_the_counts_and_the_band(bins: int | None) -> None:
+    ranks = ranks_of(4)
+    figure = calibration_ranks(ranks, bins)
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(panels) == 5
+    expected = ranks.expected(bins).numpy()
+    low, high = stats.binom.interval(0.99, 400, expected / 400)
+    for axes, name, counts, p in zip(
+        panels, ranks.names, ranks.histogram(bins), ranks.p_values, strict=True
+    ):
+        bars, band, mean = (patch.get_data() for patch in axes.patches)
+        assert bars.values.tolist() == counts.tolist()
+        assert band.values.tolist() == high.tolist()
+        assert np.asarray(band.baseline).tolist() == low.tolist()
+        np.testing.assert_allclose(mean.values, expected)
+        # each bin reaches half a rank beyond its first and last
+        size = len(expected)
+        of_rank = np.arange(20) * size // 20
+        first = [int(np.argmax(of_rank == b)) for b in range(size)]
+        assert bars.edges.tolist() == [*(np.array(first) - 0.5).tolist(), 19.5]
+        assert axes.get_title() == f"{name}: p = {p:.2g}"
+    bottoms = [axes.get_xlabel() for axes in panels if axes.get_xlabel()]
+    assert bottoms == ["rank among 19 draws"] * 3
+    assert f"p = {ranks.p_value:.2g} for 5 quantities" in figure.get_suptitle().replace("\n", " ")
+    assert "99 % of bins" in figure.legends[0].get_texts()[1].get_text()
+
+
+def test_ranks_of_many_quantities_are_lines_and_uneven_ones_have_names() -> None:
+    ranks = ranks_of(11)  # one seed in a hundred has a name here, too
+    (axes,) = calibration_ranks(ranks).axes
+    drawn = axes.get_lines()
+    assert len(drawn) == 13, "12 quantities and zero"
+    assert drawn[0].get_label() == "12 quantities"
+    table = ranks.table.double()
+    for line, column in zip(drawn, table.unbind(1), strict=False):
+        share = np.asarray(line.get_xdata())
+        below = [(column < (value * 20).round()).double().mean().item() - value for value in share]
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), below, atol=1e-12)
+    crowded = ranks.table.clone()
+    crowded[:, 3] = crowded[:, 3] // 2
+    uneven = ranks._replace(ranks=crowded[:, :11], statistic_ranks=crowded[:, 11:])
+    (axes,) = calibration_ranks(uneven, title="t").axes
+    labels = [line.get_label() for line in axes.get_lines()]
+    assert labels.count("z[3]") == 1
+    assert "the other 11 quantities" in labels
+    assert axes.figure.get_suptitle() == "t"
+
+
+def test_the_band_of_lines_holds_ninety_nine_of_a_hundred() -> None:
+    # 1000 uniform tables of ranks; five standard errors of the share outside are 0.016
+    table = torch.randint(0, 20, (200, 1000))
+    ranks = probae.CalibrationRanks(table, table[:, :0], tuple(map(str, range(1000))), 19)
+    (axes,) = calibration_ranks(ranks).axes
+    path = axes.collections[0].get_paths()[0].vertices
+    band = np.array([path[path[:, 0] == x, 1].max() for x in np.arange(21) / 20])
+    counts = np.stack([np.bincount(column, minlength=20) for column in table.T.numpy()])
+    lines_ = np.pad(counts.cumsum(1) / 200, ((0, 0), (1, 0))) - np.arange(21) / 20
+    outside = (np.abs(lines_) > band + 1e-9).any(1).mean()
+    assert abs(outside - 0.01) < 0.016
+
+
+def test_coverage_is_drawn_against_its_level() -> None:
+    measured = probae.expected_coverage(
+        probae.PPCA(4, 2), 400, 19, levels=torch.tensor([0.9, 0.1, 0.5])
+    )
+    figure = coverage(measured)
+    (axes,) = figure.axes
+    diagonal, curve = axes.get_lines()
+    assert np.asarray(diagonal.get_ydata()).tolist() == [0, 1]
+    assert np.asarray(curve.get_xdata()).tolist() == pytest.approx([0.1, 0.5, 0.9])
+    assert np.asarray(curve.get_ydata()).tolist() == measured.coverage[[1, 2, 0]].tolist()
+    edge = axes.collections[0].get_paths()[0].vertices
+    top = edge[np.isclose(edge[:, 0], 0.5), 1].max()
+    assert top == pytest.approx((measured.coverage + 2 * measured.std_error)[2].item())
+    assert f"p = {measured.p_value:.2g}" in figure.get_suptitle()
+    assert "400 simulations" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "nominal level" in axes.get_xlabel()
+
+
+def test_ranks_and_coverage_of_something_else_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"ranks must be what probae\.simulation_based_calibration"
+    ):
+        calibration_ranks(torch.zeros(3))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"coverage must be what probae\.expected_coverage"):
+        coverage(ranks_of(2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="bins must be at most the 20 ranks"):
+        calibration_ranks(ranks_of(11), 21)
+
+
+def test_figures_of_calibration_and_walks_render_inside() -> None:
+    pair = probae.VAE((6, 5), 12, hidden=(8,))
+    title = r"a $name that is no $\formula, " + "and goes on and on " * 5
+    for figure in (
+        traversals(pair),
+        traversals(pair, dimensions=[0]),
+        traversals(pair, num_steps=3, dimensions=[1]),
+        traversals(pair, title=title),
+        traversals(pair, dimensions=[0], num_steps=1, title=title),
+        calibration_ranks(ranks_of(1), title=title),
+        calibration_ranks(ranks_of(8), title=title),
+        calibration_ranks(ranks_of(9), title=title),
+        coverage(probae.expected_coverage(probae.PPCA(4, 2), 20), title=title),
+    ):
+        pixels = rendered(figure)
+        assert 300 < pixels.shape[1] < 2000
+        edges = (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])
+        assert all((edge == 255).all() for edge in edges), "nothing is cut off at an edge"
 
 
 def test_examples_in_docstrings_run() -> None:

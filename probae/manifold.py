@@ -1,0 +1,222 @@
+"""The geometry that a decoder gives to the space of codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.distributions import Bernoulli, Categorical, Normal, Poisson
+
+from .autoencoder import Autoencoder, frozen
+from .checks import prior_of, require_finite, require_gradients, require_pair
+from .corrupted import Replacement, Seen
+from .datasets import as_tensor
+from .distributions import (
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    base_distribution,
+    is_discrete,
+    is_flat,
+)
+from .memory import rows_in_budget
+
+
+def pullback_metric(pair: Autoencoder, z: Tensor | Any) -> Tensor:
+    r"""Return the Fisher information of p(x|z) about z: the metric of x-space, pulled back to z.
+
+    .. math:: G(z) = E_{p(x|z)} \big[\nabla_z \log p(x|z)\; \nabla_z \log p(x|z)^T\big]
+              = J_\mu(z)^T F(\mu)\, J_\mu(z), \quad
+              KL(p(x|z) \,\|\, p(x|z + dz)) = \tfrac12\, dz^T G(z)\, dz + O(|dz|^3)
+
+    with J_μ the Jacobian of the decoder's parameters and F their Fisher information, which is known
+    for each family: for a Gaussian decoder of one scale, :math:`G = J_\mu^T J_\mu / \sigma^2`. It
+    is exact up to rounding: nothing is drawn. :math:`\sqrt{\det G}` tells how much of x-space a
+    cell of code space covers; under z = φ(y), G becomes :math:`J_\phi^T G\, J_\phi`.
+
+    Under a Bernoulli decoder the x are bits; with a :class:`CorruptedDecoder` p(x_tilde|z) stands
+    in the place of p(x|z). The encoder takes no part, the prior only in that it has to be
+    continuous. Derivatives are those that forward-mode autograd gives, in evaluation mode; that of
+    rounding, for instance, is 0.
+
+    Args:
+        pair: a pair with continuous codes, and a decoder that is a product over the entries of x,
+            each Normal, Bernoulli, ContinuousBernoulli, Poisson, Categorical, DiscretizedLogistic
+            or one of these corrupted; it is not changed.
+        z: codes (N, *z_shape): tensor, array, path or Dataset.
+
+    Returns:
+        Tensor: (N, k, k) with k the number of entries of a code, in nats per squared unit of z;
+        symmetric and, up to rounding, positive semi-definite.
+
+    Raises:
+        ValueError: bad codes (shape, dtype, empty, NaN), discrete codes, a decoder that autograd
+            cannot see through, or one of another family.
+
+    Reference:
+        Arvanitidis, Hansen & Hauberg, Latent space oddity: on the curvature of deep generative
+        models, 2018; Arvanitidis et al., Pulling back information geometry, 2022.
+
+    Example:
+        >>> import torch, probae
+        >>> pair = probae.PPCA(5, 2, scale=0.5)
+        >>> weight = pair.decoder.network.output.weight
+        >>> G = probae.pullback_metric(pair, torch.randn(7, 2))
+        >>> G.shape, torch.allclose(G, weight.T @ weight / 0.5**2, atol=1e-5)
+        (torch.Size([7, 2, 2]), True)
+    """
+    require_pair(pair)
+    require_finite(pair)
+    require_gradients("pullback_metric")
+    codes = as_tensor(z, "z").to(pair.device, pair.dtype)
+    if tuple(codes.shape[1:]) != pair.z_shape:
+        raise ValueError(
+            f"z must have shape (N, {', '.join(map(str, pair.z_shape))}), got "
+            f"{tuple(codes.shape)}"
+            + ("; add a batch dimension with z[None]" if tuple(codes.shape) == pair.z_shape else "")
+        )
+    prior = prior_of(pair)
+    if is_discrete(prior):
+        raise ValueError(
+            f"pair must have continuous codes, got a prior of type "
+            f"{type(base_distribution(prior)).__name__}: between discrete codes there is no metric"
+        )
+    size = codes[0].numel()
+    basis = torch.eye(size).to(codes).reshape(size, 1, *pair.z_shape)
+    rows = max(1, rows_in_budget(pair) // size)
+    with frozen(pair, seed=0):
+        return torch.cat([_metric(pair, chunk, basis) for chunk in codes.split(rows)])
+
+
+def _metric(pair: Autoencoder, z: Tensor, basis: Tensor) -> Tensor:
+    """Return G at z (n, *z_shape), by one forward pass of k copies, each with its own tangent."""
+    still = _entries(pair.decoder(z))
+    size, copies = len(basis), z.repeat(len(basis), *[1] * (z.dim() - 1))  # (k * n, *z_shape)
+    tangents = basis.expand(size, *z.shape).reshape_as(copies)
+    metric, differentiable = z.new_zeros(len(z), size, size), False
+    with forward_ad.dual_level():
+        try:
+            law = pair.decoder(forward_ad.make_dual(copies, tangents))
+            pieces = list(_information(_entries(law), still))
+        except NotImplementedError as error:
+            raise ValueError(f"decoder must have forward-mode derivatives: {error}") from error
+        for coordinate, weight in pieces:
+            tangent = forward_ad.unpack_dual(coordinate).tangent  # (k * n, *x_shape)
+            if tangent is None:  # a parameter that z does not move, such as one scale for all
+                continue
+            differentiable = True
+            tangent = tangent.reshape(size, len(z), -1).transpose(0, 1)  # (n, k, entries)
+            metric = metric + (tangent * weight.reshape(len(z), 1, -1)) @ tangent.mT
+    if not differentiable:
+        raise ValueError(
+            f"decoder must be differentiable in z, got {type(pair.decoder).__name__}, through "
+            "which autograd sees no path from z to p(x|z)"
+        )
+    return (metric + metric.mT) / 2
+
+
+def _entries(law: Any) -> Any:
+    """Return the distribution of the entries of x, or refuse a law that is no product of them."""
+    base = base_distribution(law)
+    entries = law.event_shape[1:] if isinstance(base, Seen) else law.event_shape
+    clean = base.component_distribution if isinstance(base, Seen) else base
+    if clean.batch_shape != law.batch_shape + entries:
+        raise _unknown(base)
+    if is_flat(clean if isinstance(base, Seen) else law):
+        raise ValueError(
+            "decoder must have a density that is not masked, got one with a mask: entries that are "
+            "left out say nothing of z; for missing entries use CorruptedDecoder with "
+            "Masking(known=True)"
+        )
+    return base
+
+
+def _information(moved: Any, still: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    r"""Yield coordinates c of the law of the entries, and weights w: G = Σ w ∂c ∂cᵀ.
+
+    Coordinates are those of ``moved``, (k * n, ...), which has tangents; weights are the Fisher
+    information in them at ``still``, (n, ...), the same law without.
+    """
+    if isinstance(still, Normal):
+        yield moved.loc, still.scale**-2
+        yield moved.scale.log(), torch.full_like(still.scale, 2.0)
+    elif isinstance(still, Bernoulli):
+        yield moved.logits, torch.sigmoid(still.logits) * torch.sigmoid(-still.logits)
+    elif isinstance(still, ContinuousBernoulli):
+        yield moved.logits, _variance(still)
+    elif isinstance(still, Poisson):
+        yield moved.rate, 1 / still.rate
+    elif isinstance(still, Categorical):
+        yield moved.logits, still.probs  # logits are log-probabilities here
+    elif isinstance(still, DiscretizedLogistic):
+        # the information is a 2 x 2 matrix; completing the square makes it diagonal
+        of_loc, of_both, of_scale = _information_of_levels(still)
+        ratio = torch.where(of_loc > 0, of_both / of_loc, 0.0)
+        shape = (-1, *ratio.shape)  # (k, n, ...)
+        yield moved.loc.reshape(shape) + ratio * moved.scale.reshape(shape), of_loc
+        yield moved.scale, (of_scale - ratio * of_both).clamp(min=0)
+    elif isinstance(still, Seen):
+        for coordinate, weight in _information(
+            moved.component_distribution, still.component_distribution
+        ):
+            yield coordinate, (1 - still.probability) * weight
+    elif isinstance(still, Replacement) and _is_fixed(still):
+        yield from _information_left(moved, still)
+    else:
+        raise _unknown(still)
+
+
+def _information_left(moved: Replacement, still: Replacement) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what replacing entries leaves: less at values that the clean entries take, too."""
+    kept, clean = 1 - still.probability, still.component_distribution
+    for coordinate, weight in _information(moved.component_distribution, clean):
+        yield coordinate, kept * weight
+    if not clean.support.is_discrete:  # then an entry with the value of an atom was replaced
+        return
+    for value in set(still.values):
+        x = weight.new_tensor(value)
+        replaced = (still.log_replaced(x) - still.log_prob(x)).exp()  # probability, given x
+        lost = kept * clean.log_prob(x).exp() * replaced
+        yield moved.component_distribution.log_prob(x), -lost
+
+
+def _is_fixed(law: Replacement) -> bool:
+    """Whether chance and values are plain numbers, as those of corruptions, which z cannot move."""
+    return law.probability.dim() == 0 and not any(isinstance(v, Tensor) for v in law.values)
+
+
+def _variance(law: ContinuousBernoulli) -> Tensor:
+    """Return the variance, 1/l² - 1/(4 sinh²(l/2)), by its series where that would cancel."""
+    small = law.logits.abs() < 0.3
+    safe = torch.where(small, torch.ones_like(law.logits), law.logits)
+    square = law.logits**2
+    series = torch.full_like(square, 1 / 5322240)
+    for coefficient in (-1 / 172800, 1 / 6048, -1 / 240, 1 / 12):
+        series = series * square + coefficient
+    return torch.where(small, series, safe**-2 - 0.25 * torch.sinh(safe / 2) ** -2)
+
+
+def _information_of_levels(law: DiscretizedLogistic) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the Fisher information of location, of both, and of scale, summed over the levels."""
+    of_loc, of_both, of_scale = (torch.zeros_like(law.loc) for _ in range(3))
+    with torch.enable_grad():
+        loc, scale = law.loc.detach().requires_grad_(), law.scale.detach().requires_grad_()
+        again = DiscretizedLogistic(loc, scale, law.levels)
+        for level in range(law.levels):  # one at a time: all of a batch may not fit memory
+            log_prob = again.log_prob(torch.full_like(loc, level / (law.levels - 1)))
+            by_loc, by_scale = torch.autograd.grad(log_prob.sum(), (loc, scale))
+            prob = log_prob.detach().exp()
+            of_loc = of_loc + prob * by_loc**2
+            of_both = of_both + prob * by_loc * by_scale
+            of_scale = of_scale + prob * by_scale**2
+    return of_loc, of_both, of_scale
+
+
+def _unknown(law: Any) -> ValueError:
+    return ValueError(
+        "decoder must be a product over the entries of x, each Normal, Bernoulli, "
+        "ContinuousBernoulli, Poisson, Categorical, DiscretizedLogistic or one of these corrupted, "
+        f"got {type(law).__name__}: its Fisher information is not known here"
+    )

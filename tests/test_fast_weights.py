@@ -1,0 +1,186 @@
+"""The fast path to importance weights gives what Pyro's programs give, draw for draw."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import probae
+from probae import fast_weights as module
+from probae.autoencoder import frozen
+from probae.fast_weights import fast_weights, log_sigmoid_sum_
+from probae.importance import plain_weights
+
+X = (1, 5, 7)
+
+
+def binary(n: int, dtype: torch.dtype) -> Tensor:
+    return (torch.rand(n, *X, generator=torch.Generator().manual_seed(3)) > 0.4).to(dtype)
+
+
+def vae(**options: object) -> probae.VAE:
+    torch.manual_seed(0)
+    pair = probae.VAE(X, 3, **{"hidden": (6, 5), "activation": "tanh", **options})
+    with torch.no_grad():
+        for parameter in pair.decoder.parameters():
+            parameter.mul_(4)  # logits of either sign, some of them large
+    return pair
+
+
+PAIRS: dict[str, Callable[[], probae.Autoencoder]] = {
+    "tanh": vae,
+    "relu": lambda: vae(activation="relu"),
+    "sigmoid": lambda: vae(activation="sigmoid"),
+    "affine": lambda: vae(hidden=()),
+    "mixture prior": lambda: vae(prior=probae.GaussianMixturePrior(3, 4)),
+    "bits": lambda: probae.Autoencoder(
+        probae.BernoulliPrior(4),
+        probae.BernoulliEncoder(probae.MLP(X, 4)),
+        probae.BernoulliDecoder(probae.MLP(4, X, (6,), activation="relu")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_both_paths_give_the_same_weights(name: str, dtype: torch.dtype) -> None:
+    pair, x = PAIRS[name]().to(dtype), binary(4, dtype)
+    fast = fast_weights(pair, None)
+    assert fast is not None
+    plain = plain_weights(pair, "iwae", None)
+    # torch's softplus is the identity beyond 20, which loses up to 2e-9 a pixel
+    tolerance = 1e-7 if dtype == torch.float64 else 1e-3
+    with frozen(pair, seed=1):
+        draw = fast(x)
+        ours = [draw(count) for count in (9, 2, 9)]  # buffers are used again
+    with frozen(pair, seed=1):
+        draw = plain(x)
+        theirs = [draw(count) for count in (9, 2, 9)]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() < tolerance  # of some hundred nats
+
+
+def test_a_proposal_takes_the_place_of_the_encoder() -> None:
+    pair, x = vae().double(), binary(4, torch.float64)
+    proposal = probae.GaussianEncoder(probae.MLP(X, (2, 3))).double()
+    fast, plain = fast_weights(pair, proposal), plain_weights(pair, "iwae", proposal)
+    assert fast is not None
+    with frozen(pair, seed=1):
+        ours = fast(x)(5)
+    with frozen(pair, seed=1):
+        assert torch.allclose(ours, plain(x)(5), atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 63, 64, 65, 784, 1000])
+def test_products_of_sigmoids_neither_underflow_nor_lose_digits(width: int) -> None:
+    for scale in (0.0, 1e-3, 1.0, 30.0, 1e4):
+        s = scale * torch.randn(6, width, generator=torch.Generator().manual_seed(0))
+        exact = nn.functional.logsigmoid(s.double()).sum(-1)
+        error = (log_sigmoid_sum_(s.clone()).double() - exact).abs()
+        # 2e-7 a factor, and a few roundings of the sum
+        assert (error <= 3e-7 * width + 5e-7 * exact.abs()).all(), (width, scale, error)
+
+
+def test_the_fast_path_is_reproducible() -> None:
+    pair, x = vae(), binary(70, torch.float32)
+    ll = probae.log_likelihood(pair, x, "iwae", 3000, seed=1)
+    again = probae.log_likelihood(pair, x, "iwae", 3000, seed=1)
+    assert torch.equal(ll.values, again.values)
+    assert ll.values.isfinite().all()
+
+
+def test_log_likelihood_takes_the_fast_path_and_gives_the_plain_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair, x = vae().double(), binary(9, torch.float64)
+    seen = []
+    monkeypatch.setattr(
+        "probae.likelihood.fast_weights",
+        lambda *arguments: seen.append(1) or fast_weights(*arguments),
+    )
+    fast = {m: probae.log_likelihood(pair, x, m, 200) for m in ("elbo", "iwae")}
+    assert len(seen) == 2
+    monkeypatch.setattr("probae.likelihood.fast_weights", lambda *arguments: None)
+    for method, ll in fast.items():
+        plain = probae.log_likelihood(pair, x, method, 200)
+        for a, b in zip(ll[:4], plain[:4], strict=True):
+            assert torch.allclose(a, b, atol=1e-9, equal_nan=True)
+
+
+class OwnModel(probae.VAE):
+    def model(self, x: Tensor) -> Tensor:
+        return super().model(x)
+
+
+class OwnDecoder(probae.BernoulliDecoder):
+    pass
+
+
+class OwnEncoder(probae.GaussianEncoder):
+    pass
+
+
+def with_hook() -> probae.Autoencoder:
+    pair = vae()
+    pair.decoder.network.layers[0].register_forward_hook(lambda m, i, o: o * 2)
+    return pair
+
+
+def without_bias() -> probae.Autoencoder:
+    pair = vae()
+    pair.decoder.network.output.bias = None
+    return pair
+
+
+OTHERS: dict[str, Callable[[], probae.Autoencoder]] = {
+    "a program of its own": lambda: OwnModel(X, 3),
+    "a decoder of its own": lambda: probae.Autoencoder(
+        probae.StandardNormalPrior(3),
+        probae.GaussianEncoder(probae.MLP(X, (2, 3))),
+        OwnDecoder(probae.MLP(3, X)),
+    ),
+    "an encoder of its own": lambda: probae.Autoencoder(
+        probae.StandardNormalPrior(3),
+        OwnEncoder(probae.MLP(X, (2, 3))),
+        probae.BernoulliDecoder(probae.MLP(3, X)),
+    ),
+    "a corruption": lambda: probae.DenoisingVAE(X, 3, corruption=probae.BitFlip(0.1)),
+    "a factor": lambda: probae.ContractiveAutoencoder(X, 3, likelihood="bernoulli"),
+    "another likelihood": lambda: vae(likelihood="continuous-bernoulli"),
+    "another activation": lambda: vae(activation="elu"),
+    "convolutions": lambda: probae.Autoencoder(
+        probae.StandardNormalPrior(3),
+        probae.GaussianEncoder(probae.MLP((1, 8, 8), (2, 3))),
+        probae.BernoulliDecoder(probae.DeconvNet(3, (1, 8, 8), (4,))),
+    ),
+    "unit norm": lambda: probae.Autoencoder(
+        probae.StandardNormalPrior(3),
+        probae.GaussianEncoder(probae.MLP(X, (2, 3))),
+        probae.BernoulliDecoder(probae.MLP(3, X, unit_norm=True)),
+    ),
+    "a hook": with_hook,
+    "no bias": without_bias,
+    "half precision": lambda: vae().bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_pairs_take_the_plain_path(name: str) -> None:
+    assert fast_weights(OTHERS[name](), None) is None
+
+
+def test_the_whole_pair_is_left_as_it_was() -> None:
+    pair = vae().train()
+    before = {name: value.clone() for name, value in pair.state_dict().items()}
+    probae.log_likelihood(pair, binary(3, torch.float32), "iwae", 40)
+    assert pair.training
+    assert all(torch.equal(value, before[name]) for name, value in pair.state_dict().items())
+    assert all(parameter.grad is None for parameter in pair.parameters())
+    assert set(module._IN_PLACE) == {nn.Tanh, nn.Sigmoid, nn.ReLU}
+
+
+def test_autocast_takes_the_plain_path() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast_weights(vae(), None) is None
