@@ -21,6 +21,7 @@ from .chains import (
     langevin,
     posterior_samples,
 )
+from .compiling import CannotCompile
 from .corruptions import (
     BitFlip,
     Corruption,
@@ -139,6 +140,7 @@ __all__ = [
     "BernoulliPrior",
     "BitFlip",
     "CalibrationRanks",
+    "CannotCompile",
     "CategoricalDecoder",
     "CategoricalEncoder",
     "CategoricalPrior",

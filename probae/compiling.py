@@ -49,7 +49,17 @@ INDUCTOR = {
 
 
 class CannotCompile(RuntimeError):
-    """Why a step cannot be compiled, in words that follow "because"."""
+    """Why a step cannot be compiled, in words that follow "because".
+
+    Example:
+        >>> import torch, probae
+        >>> pair = probae.PredictiveSparseDecomposition(8, 4)  # its encoder iterates on the data
+        >>> try:
+        ...     probae.fit(pair, torch.randn(64, 8), batch_size=8, compile=True, progress=False)
+        ... except probae.CannotCompile as error:
+        ...     print("refused")
+        refused
+    """
 
 
 def require_mode(compile: Any) -> None:

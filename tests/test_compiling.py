@@ -370,13 +370,15 @@ def test_what_a_graph_would_get_wrong_is_refused(
 def test_auto_compiles_long_runs_only(interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run = fit(vae(), bits(), epochs=8, batch_size=8)
+        run = fit(vae(), bits(), epochs=8, batch_size=8, compile="auto")
         assert (run.compile_seconds, run.eager_because) == (0, "the run is too short")
         assert not interpreted
         monkeypatch.setattr(compiling, "WORTH", 0.0)
-        run = fit(vae(), bits(), epochs=3, batch_size=8)  # nine steps: not even looked at
+        run = fit(
+            vae(), bits(), epochs=3, batch_size=8, compile="auto"
+        )  # nine steps: not even looked at
         assert not interpreted
-        run = fit(vae(), bits(), epochs=8, batch_size=8)
+        run = fit(vae(), bits(), epochs=8, batch_size=8, compile="auto")
         assert len(interpreted) == 1
         assert run.eager_because == ""
         assert run.compile_seconds > 0

@@ -6,7 +6,7 @@ two each; what counts are the medians over the turns, and their ratios. Compilat
 (fit says what it cost), all else that a contestant does in an epoch is. Each contestant is as fast
 as its own means allow: Pyro runs without argument checks, torch with its fused Adam.
 
-    pip install 'probae[bench]'
+    pip install 'jax[cpu]' numpyro pythae
     python -m tests.benchmarks.training_speed --batch-size 128 1000 --out speed.json
 """
 
