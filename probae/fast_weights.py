@@ -30,8 +30,7 @@ def fast_weights(pair: Autoencoder, proposal: nn.Module | None) -> Callable[[Ten
     """Return the function that weighs draws for binary data, or None if it is not for this pair."""
     encoder = pair.encoder if proposal is None else proposal
     decoder = pair.decoder
-    own = type(pair).model is not Autoencoder.model or type(pair).guide is not Autoencoder.guide
-    altered = pair.corruption is not None or pair.factor is not None or own
+    altered = pair.corruption is not None or pair.factor is not None or pair.has_own_programs()
     if (
         (proposal is None and altered)
         or not _is_ours(pair.prior, encoder)

@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from .arviz import pareto_khat
+from .arviz import pareto_khat, tail_size
 from .autoencoder import Autoencoder, Kind
 from .terms import log_weights
 
@@ -60,7 +60,7 @@ class StreamingWeights:
 
     def __init__(self, num_samples: int, x: Tensor) -> None:
         self.num_samples = num_samples
-        self.tail_size = min(num_samples, math.ceil(min(num_samples / 5, 3 * num_samples**0.5)) + 1)
+        self.tail_size = tail_size(num_samples)
         empty = x.new_full((len(x),), -math.inf, dtype=torch.float64)
         self.log_sum, self.log_sum_squares = empty, empty
         self.mean, self.sum_squares, self.seen = torch.zeros_like(empty), torch.zeros_like(empty), 0
