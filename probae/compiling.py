@@ -36,6 +36,7 @@ from .checks import TrainingData, chunks
 from .corruptions import Corruption
 from .objectives import ELBO, PerDatumObjective
 from .part import RECORDING
+from .precision import products_in
 
 WATCHED = 10  # eager steps whose time is taken before compile="auto" decides
 WORTH = 30.0  # seconds that the rest of a run must take eagerly for "auto" to compile
@@ -155,9 +156,10 @@ class CompiledStep:
         data: TrainingData,
         optim: torch.optim.Optimizer,
         clip_norm: float | None,
+        precision: str = "float32",
     ) -> None:
         self.pair, self.objective, self.data, self.optim = pair, objective, data, optim
-        self.clip_norm, self.device = clip_norm, pair.device
+        self.clip_norm, self.precision, self.device = clip_norm, precision, pair.device
         groups = {id(p): k for k, g in enumerate(optim.param_groups) for p in g["params"]}
         # the optimizer leaves a parameter without a gradient alone
         trained = {
@@ -171,6 +173,7 @@ class CompiledStep:
         self.ids = [id(tensor) for tensor in (*trained.values(), *others.values())]
         self.others = [tensor.detach() for tensor in others.values()]
         self.adam = _is_plain_adam(optim, self.parameters)
+        self.decays = [_decay(optim, k) for k in range(len(optim.param_groups) * self.adam)]
         moments = [optim.state[p][m] for m in MOMENTS for p in self.parameters if self.adam]
         self.state = [*(p.detach() for p in self.parameters), *self.others, *moments]
         self.own_steps = 0  # of which the optimizer does not know
@@ -197,16 +200,22 @@ class CompiledStep:
                 ]
                 self.run = _machine_code(_record(self._computed, inputs), inputs)
                 torch.set_rng_state(random_state)
-                _require_equal(self._compiled(source), first)
+                self._require_equal(self._compiled(source), first)
                 torch.set_rng_state(random_state)
                 with _at_the_end(self.objective):
                     second = self._eagerly(another)
-                    _require_equal(self._compiled(another), second)
+                    self._require_equal(self._compiled(another), second)
         finally:
             torch.set_rng_state(random_state)
 
     def step(self, source: Tensor) -> float | None:
-        """Take a step and return the loss; None where it is not finite, and all is as before."""
+        """Take a step and return the loss; None where it is not finite, and all is as before.
+
+        None, too, where the weights began or ceased to decay, of which the graph does not know.
+        """
+        if self.decays != [_decay(self.optim, k) for k in range(len(self.decays))]:
+            self.leave()
+            return None
         random_state = torch.get_rng_state()
         self.own_steps += 1
         with float32_products(self.device):
@@ -275,7 +284,7 @@ class CompiledStep:
         used = [tensor.clone() for tensor in others]
         tensors = dict(zip(self.ids, (*leaves, *used), strict=True))
         objective = _with_weight(self.objective, numbers[0].to(batch.dtype))
-        with _swapped(self.pair, tensors):
+        with _swapped(self.pair, tensors), products_in(self.precision):
             loss = objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
         gradients = list(torch.autograd.grad(loss / len(batch), leaves))
         loss = loss.detach()
@@ -292,8 +301,8 @@ class CompiledStep:
             return [loss, *gradients]
         per_group = numbers[2:].unflatten(0, (len(self.optim.param_groups), -1))
         for k, p in enumerate(parameters):
-            decoupled = _is_decoupled(self.optim, self.groups[k])
-            new = _adam(p, gradients[k], m[k], v[k], per_group[self.groups[k]], decoupled)
+            group = self.groups[k]
+            new = _adam(p, gradients[k], m[k], v[k], per_group[group], self.decays[group])
             for tensor, value in zip((p, m[k], v[k]), new, strict=True):
                 update(tensor, value)
         return [loss]
@@ -302,7 +311,8 @@ class CompiledStep:
         """Return what a step computes, by name, without taking it."""
         random_state, before = torch.get_rng_state(), [tensor.clone() for tensor in self.others]
         batch = self.data.batch(source) if self._gathers else source
-        loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
+        with products_in(self.precision):
+            loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
         gradients = list(torch.autograd.grad(loss / len(batch), self.parameters))
         if self.clip_norm is not None:
             gradients = _clipped(gradients, torch.tensor(self.clip_norm))
@@ -324,6 +334,19 @@ class CompiledStep:
         if self.adam:
             gradients = state[n + len(self.others) :][:n]
         return self._named(loss, gradients, state[n:][: len(self.others)])
+
+    def _require_equal(self, values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+        """Raise unless tensors agree up to the rounding of long sums, or of bfloat16."""
+        coarse = 3e-2 if self.precision == "bf16" else 1e-3
+        for name, reference in expected.items():
+            tolerance = coarse if reference.dtype.itemsize < 8 else 1e-6
+            distance = torch.dist(values[name].double(), reference.double())
+            if not distance <= tolerance * (reference.double().norm() + 1e-3):
+                raise CannotCompile(
+                    f"the compiled step gives another {name} than the eager one: something that "
+                    "changes from step to step is no tensor, or random numbers come in another "
+                    "order"
+                )
 
     def _named(
         self, loss: Tensor, gradients: list[Tensor], others: list[Tensor]
@@ -364,14 +387,14 @@ def _with_weight(objective: Any, beta: Tensor) -> Any:
 
 
 def _adam(
-    p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, numbers: Tensor, decoupled: bool
+    p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, numbers: Tensor, decay: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return parameter and moments after a step of Adam, or AdamW where decay is decoupled."""
-    lr, step_size, correction, rate1, rate2, eps, decay = numbers.to(p.dtype).unbind()
-    if decoupled:
-        p = p - lr * decay * p
-    else:
-        gradient = gradient + decay * p
+    lr, step_size, correction, rate1, rate2, eps, weight = numbers.to(p.dtype).unbind()
+    if decay == "decoupled":
+        p = p - lr * weight * p
+    elif decay == "in the gradient":  # adding a weight of 0 would cost a pass over the parameters
+        gradient = gradient + weight * p
     m = _flushed(m + rate1 * (gradient - m))
     v = _flushed(v + rate2 * (gradient.square() - v))
     return p - step_size * m / (v.sqrt() / correction + eps), m, v
@@ -402,21 +425,13 @@ def _is_plain_adam(optim: torch.optim.Optimizer, parameters: list[nn.Parameter])
     )
 
 
-def _is_decoupled(optim: torch.optim.Optimizer, group: int) -> bool:
+def _decay(optim: torch.optim.Optimizer, group: int) -> str:
+    """Return how the weights of a group decay."""
+    settings = optim.param_groups[group]
+    if settings["weight_decay"] == 0:
+        return "none"
     default = isinstance(optim, torch.optim.AdamW)
-    return bool(optim.param_groups[group].get("decoupled_weight_decay", default))
-
-
-def _require_equal(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise unless tensors agree up to the rounding of long sums."""
-    for name, reference in expected.items():
-        tolerance = 1e-3 if reference.dtype.itemsize < 8 else 1e-6
-        distance = torch.dist(values[name].double(), reference.double())
-        if not distance <= tolerance * (reference.double().norm() + 1e-3):
-            raise CannotCompile(
-                f"the compiled step gives another {name} than the eager one: something that "
-                "changes from step to step is no tensor, or random numbers come in another order"
-            )
+    return "decoupled" if settings.get("decoupled_weight_decay", default) else "in the gradient"
 
 
 @contextlib.contextmanager

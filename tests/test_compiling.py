@@ -172,6 +172,22 @@ def test_every_optimizer(name: str, clip_norm: float | None, interpreted: list) 
     assert len(outputs) == (1 if in_graph else 1 + 8)
 
 
+class DecayLater(torch.optim.lr_scheduler.LambdaLR):
+    """Lets weights decay from some step on."""
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        self.optimizer.param_groups[0]["weight_decay"] = 0.5 if self.last_epoch > 4 else 0.0
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_weights_that_begin_to_decay(optimizer: Any, interpreted: list) -> None:
+    assert_same_training(
+        vae, bits(), epochs=4, batch_size=8, optimizer=optimizer,
+        schedule=partial(DecayLater, lr_lambda=lambda step: 1.0),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("binarize", [False, True])
 def test_data_in_memory_and_datasets(binarize: bool, interpreted: list) -> None:
     x = torch.full((20, X), 0.3) if binarize else bits()
@@ -230,16 +246,22 @@ def test_compiling_leaves_the_pair_and_the_random_stream_alone(interpreted: list
     assert nn.functional.one_hot(torch.tensor([1])).tolist() == [[0, 1]]
 
 
-def test_adam_is_torchs_and_flushes_denormals() -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "weight"),
+    [(torch.optim.Adam, 0.0), (torch.optim.Adam, 0.1), (torch.optim.AdamW, 0.1)],
+)
+def test_adam_is_torchs_and_flushes_denormals(optimizer: Any, weight: float) -> None:
+    torch.manual_seed(0)
     p, twin = torch.randn(50), nn.Parameter(torch.zeros(50))
     with torch.no_grad():
         twin.copy_(p)
-    optim = torch.optim.Adam([twin], lr=0.01, weight_decay=0.1)
+    optim = optimizer([twin], lr=0.01, weight_decay=weight)
+    decay = compiling._decay(optim, 0)
     m, v = torch.zeros(50), torch.zeros(50)
     for t in range(1, 6):
         twin.grad = torch.randn(50)
-        numbers = [0.01, 0.01 / (1 - 0.9**t), math.sqrt(1 - 0.999**t), 0.1, 0.001, 1e-8, 0.1]
-        p, m, v = compiling._adam(p, twin.grad, m, v, torch.tensor(numbers), decoupled=False)
+        numbers = [0.01, 0.01 / (1 - 0.9**t), math.sqrt(1 - 0.999**t), 0.1, 0.001, 1e-8, weight]
+        p, m, v = compiling._adam(p, twin.grad, m, v, torch.tensor(numbers), decay)
         optim.step()
         torch.testing.assert_close(p, twin.detach(), rtol=1e-5, atol=1e-6)
     small = torch.tensor([1e-40, -1e-40, 1e-30, -1e-30, 0.0])

@@ -1,0 +1,60 @@
+"""Products of matrices in bfloat16, with all else in float32: ``fit(precision="bf16")``."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+PRECISIONS = ("float32", "bf16")
+PRODUCTS = frozenset(
+    (
+        functional.linear,
+        functional.conv1d,
+        functional.conv2d,
+        functional.conv3d,
+        functional.conv_transpose1d,
+        functional.conv_transpose2d,
+        functional.conv_transpose3d,
+    )
+)
+
+
+class Bfloat16Products(TorchFunctionMode):
+    """Lets linear and convolutional layers multiply in bfloat16, and return float32.
+
+    Autocast leaves the outputs of layers in bfloat16, and with them the densities, whose sums over
+    pixels would lose most of their digits; here all but the products themselves, forward and
+    backward, stays float32. Parameters are float32, too.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in PRODUCTS or args[0].dtype is not torch.float32:
+            return func(*args, **kwargs)
+        args = [_halved(value) for value in args]
+        kwargs = {name: _halved(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs).float()
+
+
+def _halved(value: Any) -> Any:
+    is_float32 = isinstance(value, torch.Tensor) and value.dtype is torch.float32
+    return value.bfloat16() if is_float32 else value
+
+
+def require_precision(precision: Any, dtype: torch.dtype) -> None:
+    """Raise a ValueError unless a pair of this dtype can be trained in that precision."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be 'float32' or 'bf16', got {precision!r}")
+    if precision == "bf16" and dtype is not torch.float32:
+        raise ValueError(
+            f"precision='bf16' needs a pair of float32 parameters, got {dtype}; call pair.float()"
+        )
+
+
+def products_in(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which layers multiply in that precision."""
+    return Bfloat16Products() if precision == "bf16" else contextlib.nullcontext()

@@ -1,0 +1,74 @@
+"""Products in bfloat16, and nothing else in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import probae
+from probae.precision import products_in, require_precision
+
+SHAPES = [
+    (lambda: nn.Linear(6, 5), (4, 6)),
+    (lambda: nn.Linear(6, 5, bias=False), (3, 4, 6)),
+    (lambda: nn.Conv1d(2, 3, 3), (4, 2, 7)),
+    (lambda: nn.Conv2d(2, 3, 3, stride=2), (4, 2, 7, 7)),
+    (lambda: nn.ConvTranspose2d(2, 3, 3), (4, 2, 5, 5)),
+]
+
+
+@pytest.mark.parametrize(("make", "shape"), SHAPES)
+def test_a_layer_multiplies_in_bfloat16_and_returns_float32(make, shape) -> None:
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape, requires_grad=True)
+    with products_in("bf16"):
+        y = layer(x)
+    y.square().sum().backward()
+    rounded = make().bfloat16()
+    rounded.load_state_dict({k: v.bfloat16() for k, v in layer.state_dict().items()})
+    assert y.dtype is torch.float32
+    assert torch.equal(y, rounded(x.bfloat16()).float())
+    assert not torch.equal(y, layer(x))
+    assert torch.allclose(y, layer(x), atol=0.05)
+    assert {p.grad.dtype for p in (x, *layer.parameters())} == {torch.float32}
+
+
+def test_float32_changes_nothing() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6)
+    with products_in("float32"):
+        assert torch.equal(layer(x), x @ layer.weight.T + layer.bias)
+
+
+def test_densities_stay_in_float32() -> None:
+    torch.manual_seed(0)
+    pair, x = probae.VAE(784, 5), torch.rand(7, 784).round()
+    with products_in("bf16"), torch.no_grad():
+        decoder = pair.decoder(torch.randn(7, 5))
+        values = decoder.log_prob(x)
+        logits = decoder.base_dist.logits
+        loss = probae.ELBO().differentiable_loss(pair.model, pair.guide, x)
+    assert values.dtype is torch.float32
+    assert loss.dtype is torch.float32
+    exact = torch.distributions.Bernoulli(logits=logits.double()).log_prob(x.double()).sum(-1)
+    assert torch.allclose(values.double(), exact, rtol=1e-6)  # in bfloat16: 4e-3
+
+
+def test_what_a_float64_layer_multiplies_is_left_alone() -> None:
+    layer, x = nn.Linear(6, 5).double(), torch.randn(4, 6, dtype=torch.float64)
+    with products_in("bf16"):
+        y = layer(x)
+    assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("precision", ["half", 16, None, torch.bfloat16, True])
+def test_an_unknown_precision_is_refused(precision) -> None:
+    with pytest.raises(ValueError, match="precision must be 'float32' or 'bf16', got"):
+        require_precision(precision, torch.float32)
+
+
+def test_a_pair_of_other_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"float32 parameters, got torch.float64; call pair.float"):
+        require_precision("bf16", torch.float64)
+    require_precision("float32", torch.float64)
