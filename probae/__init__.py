@@ -1,7 +1,10 @@
 """Probabilistic autoencoders as Pyro guide/model pairs."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .adversarial import AdversarialELBO, AdversarialRun, adversarial_elbo, fit_adversarial
+from .adversarial_presets import GAN, AdversarialAutoencoder, AdversarialVariationalBayes
 from .annealing import Annealing, Sandwich, bdmc
 from .arviz import to_arviz
 from .autoencoder import Autoencoder, Kind
@@ -21,6 +24,7 @@ from .chains import (
     langevin,
     posterior_samples,
 )
+from .code_index import Ball, CodeIndex, Neighbours
 from .compiling import CannotCompile
 from .corruptions import (
     BitFlip,
@@ -44,7 +48,10 @@ from .decoders import (
     HeteroscedasticGaussianDecoder,
     PoissonDecoder,
 )
+from .discriminators import Discriminator, ImplicitEncoder, NoEncoder
+from .distributed import shared_log_likelihood
 from .distributions import ContinuousBernoulli, DiscretizedLogistic, GreyBernoulli
+from .embedding import EmbeddingComparison, EmbeddingScore, compare_embeddings
 from .encoders import (
     BernoulliEncoder,
     CategoricalEncoder,
@@ -64,7 +71,7 @@ from .likelihood import (
     compare,
     log_likelihood,
 )
-from .manifold import pullback_metric
+from .manifold import Geodesic, geodesic, pullback_metric
 from .metrics import dead_features, feature_density, fraction_of_variance_unexplained, l0_norm
 from .monitoring import active_units
 from .networks import MLP, ConvNet, DeconvNet, TransposedMLP, UnitNormLinear
@@ -98,6 +105,12 @@ from .priors import (
     VampPrior,
 )
 from .proposals import fit_proposal
+from .ranking import (
+    RetrievalScore,
+    mean_average_precision,
+    precision_at_k,
+    recall_at_k,
+)
 from .rendering import render, trace_shapes
 from .retrieval import binary_codes, hamming_distance, pack_codes, unpack_codes
 from .sampling import Samples, denoise, reconstruct, sample, score
@@ -117,6 +130,7 @@ from .sparse_encoders import (
     SpikeAndSlabEncoder,
     TopKEncoder,
 )
+from .tangents import IntrinsicDimension, TangentBasis, intrinsic_dimension, tangent_basis
 from .training import Run, fit
 
 if TYPE_CHECKING:
@@ -126,15 +140,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ELBO",
+    "GAN",
     "IWAE",
     "LIKELIHOODS",
     "MLP",
     "PPCA",
     "VAE",
+    "AdversarialAutoencoder",
+    "AdversarialELBO",
+    "AdversarialRun",
+    "AdversarialVariationalBayes",
     "AnnealedSamples",
     "Annealing",
     "Autoencoder",
     "AutoencoderEstimator",
+    "Ball",
     "BernoulliDecoder",
     "BernoulliEncoder",
     "BernoulliPrior",
@@ -146,6 +166,7 @@ __all__ = [
     "CategoricalPrior",
     "Chain",
     "CodeCoupling",
+    "CodeIndex",
     "Comparison",
     "ConditionalBernoulli",
     "ConditionalBernoulliEncoder",
@@ -163,6 +184,9 @@ __all__ = [
     "DenoisingVAE",
     "DiscretizedLogistic",
     "DiscretizedLogisticDecoder",
+    "Discriminator",
+    "EmbeddingComparison",
+    "EmbeddingScore",
     "ExponentialPrior",
     "FlatPrior",
     "FlowPrior",
@@ -170,8 +194,11 @@ __all__ = [
     "GaussianEncoder",
     "GaussianMixturePrior",
     "GaussianNoise",
+    "Geodesic",
     "GreyBernoulli",
     "HeteroscedasticGaussianDecoder",
+    "ImplicitEncoder",
+    "IntrinsicDimension",
     "JumpReLUEncoder",
     "Kind",
     "LangevinChain",
@@ -183,6 +210,8 @@ __all__ = [
     "LogLikelihood",
     "LogNormalEncoder",
     "Masking",
+    "Neighbours",
+    "NoEncoder",
     "NoisyGateEncoder",
     "NoisySigmoidEncoder",
     "Part",
@@ -194,6 +223,7 @@ __all__ = [
     "PosteriorSamples",
     "PredictiveSparseDecomposition",
     "ProbitEncoder",
+    "RetrievalScore",
     "Run",
     "SaltAndPepper",
     "Samples",
@@ -208,6 +238,7 @@ __all__ = [
     "StandardNormalPrior",
     "StudentTPrior",
     "SubsetPrior",
+    "TangentBasis",
     "ThresholdEncoder",
     "TopKEncoder",
     "TransposedMLP",
@@ -217,12 +248,14 @@ __all__ = [
     "Walk",
     "Walkback",
     "active_units",
+    "adversarial_elbo",
     "annealed_denoising",
     "as_tensor",
     "bdmc",
     "binarize",
     "binary_codes",
     "compare",
+    "compare_embeddings",
     "coupling_log_normalizer",
     "dead_features",
     "denoise",
@@ -230,11 +263,14 @@ __all__ = [
     "expected_coverage",
     "feature_density",
     "fit",
+    "fit_adversarial",
     "fit_proposal",
     "fraction_of_variance_unexplained",
+    "geodesic",
     "gsn_chain",
     "hamming_distance",
     "interpolate",
+    "intrinsic_dimension",
     "jacobian_norm",
     "l0_norm",
     "langevin",
@@ -242,19 +278,24 @@ __all__ = [
     "load",
     "load_dataset",
     "log_likelihood",
+    "mean_average_precision",
     "pack_codes",
     "parzen_log_likelihood",
     "posterior_samples",
+    "precision_at_k",
     "pretrain",
     "pullback_metric",
+    "recall_at_k",
     "reconstruct",
     "render",
     "sample",
     "save",
     "score",
+    "shared_log_likelihood",
     "simulation_based_calibration",
     "sparse_coding_energy",
     "stack_missing",
+    "tangent_basis",
     "to_arviz",
     "trace_shapes",
     "traverse",
@@ -267,6 +308,8 @@ def __getattr__(name: str) -> object:
         from .estimator import AutoencoderEstimator
 
         return AutoencoderEstimator
+    if name == "plots":  # so would matplotlib
+        return import_module(".plots", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -16,7 +16,7 @@ from .checks import require_density, require_gradients, require_parts
 from .corruptions import encoder_input
 from .distributions import has_component, is_discrete, is_flat, is_point, to_support
 from .memory import rows_in_budget
-from .part import as_number, require_count
+from .part import as_number, require_count, require_flag
 from .sampling import sample
 from .sparse import SpikeAndSlab
 
@@ -62,9 +62,9 @@ class Annealing:
         """Check the arguments."""
         for name in ("num_temperatures", "num_leapfrogs", "num_pilot"):
             require_count(getattr(self, name), name)
-        if self.start not in ("prior", "encoder"):
+        if not isinstance(self.start, str) or self.start not in ("prior", "encoder"):
             raise ValueError(f"start must be 'prior' or 'encoder', got {self.start!r}")
-        if self.schedule not in ("sigmoid", "linear"):
+        if not isinstance(self.schedule, str) or self.schedule not in ("sigmoid", "linear"):
             raise ValueError(f"schedule must be 'sigmoid' or 'linear', got {self.schedule!r}")
         if not 0.1 <= as_number(self.target_acceptance) <= 0.95:
             raise ValueError(
@@ -376,6 +376,7 @@ def bdmc(
     require_parts(pair)
     require_count(num_data, "num_data", least=2)
     require_count(num_chains, "num_chains")
+    require_flag(progress, "progress")
     require_gradients("bdmc")
     annealing = Annealing() if annealing is None else require_annealing(annealing)
     x, z = sample(pair, num_data, seed=seed)

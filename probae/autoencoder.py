@@ -21,6 +21,7 @@ from torch.distributions import biject_to
 from .corrupted import Replacement
 from .corruptions import encoder_input
 from .datasets import as_tensor
+from .discriminators import NoEncoder
 from .distributions import has_component, is_discrete, is_flat, is_point, weighs_points
 from .part import Part
 from .sparse import SpikeAndSlab
@@ -89,7 +90,8 @@ class Autoencoder(Part, PyroModule):
     Without a corruption, x_tilde is absent and the encoder sees x. With one, x_tilde stands in both
     programs with the same distribution, so it cancels and an ELBO stays an ELBO. A factor (the
     penalty of a contractive autoencoder, say) is one more term of the loss, unnormalised: with it
-    the loss says nothing about log p(x).
+    the loss says nothing about log p(x). A discriminator is no part of the two programs: with one
+    the pair is of kind ADVERSARIAL, and :func:`probae.fit_adversarial` trains it.
 
     ``model`` and ``guide`` work with :class:`pyro.infer.SVI` as they are; every parameter of every
     instance is in the param store under the instance's own name. Sites are ``z``, ``x`` and, where
@@ -102,6 +104,8 @@ class Autoencoder(Part, PyroModule):
         corruption: module, ``corruption(x)`` is C(x_tilde|x), or None.
         factor: module, ``factor(x, z)`` is a :class:`pyro.distributions.Unit` whose log-factor is
             c(x, z), or None.
+        discriminator: a :class:`Discriminator` to train the others by, or None. Only with it may
+            the encoder be :class:`NoEncoder`; z of the guide is then drawn from the prior.
 
     Raises:
         ValueError: parts that do not fit together; the message names the part, the shape that was
@@ -129,6 +133,7 @@ class Autoencoder(Part, PyroModule):
         decoder: nn.Module,
         corruption: nn.Module | None = None,
         factor: nn.Module | None = None,
+        discriminator: nn.Module | None = None,
     ) -> None:
         name = type(self).__name__
         super().__init__(name=f"{name}_{next(_COUNTERS[name])}")
@@ -138,7 +143,8 @@ class Autoencoder(Part, PyroModule):
                     f"{argument} must be a torch.nn.Module whose forward returns a Distribution, "
                     f"got {type(part).__name__}"
                 )
-        for argument, option in (("corruption", corruption), ("factor", factor)):
+        options = {"corruption": corruption, "factor": factor, "discriminator": discriminator}
+        for argument, option in options.items():
             if option is not None and not isinstance(option, nn.Module):
                 raise ValueError(
                     f"{argument} must be a torch.nn.Module or None, got {type(option).__name__}"
@@ -148,6 +154,7 @@ class Autoencoder(Part, PyroModule):
         self.decoder = decoder
         self.corruption = corruption
         self.factor = factor
+        self.discriminator = discriminator
         dry = self._dry_run()
         self.z_shape = tuple(dry["prior"].event_shape)
         self.x_shape = tuple(dry["decoder"].event_shape)
@@ -176,7 +183,7 @@ class Autoencoder(Part, PyroModule):
         with pyro.plate("data", len(x), dim=-1):
             if self.corruption is not None:
                 x = pyro.sample("x_tilde", self.corruption(x))
-            code = self.encoder(x)
+            code = self.prior() if isinstance(self.encoder, NoEncoder) else self.encoder(x)
             if is_point(code):  # Pyro's kl(Delta, p) leaves the Delta's log-density out
                 code = MaskedDistribution(code, True)
             return pyro.sample("z", code)
@@ -204,6 +211,8 @@ class Autoencoder(Part, PyroModule):
         point, masked = is_point(dry["encoder"]), is_flat(dry["encoder"])
         if self.factor is not None or self.has_own_programs():
             return Kind.ENERGY
+        if self.discriminator is not None:
+            return Kind.ADVERSARIAL
         if is_flat(dry["prior"]):
             if not dry["prior_is_constant"] or not (point or masked):
                 return Kind.ENERGY
@@ -253,6 +262,12 @@ class Autoencoder(Part, PyroModule):
             raise ValueError(
                 f"{argument} must have a floating dtype, got {x.dtype}; convert with "
                 f"{argument}.to({self.dtype}) (and scale 8-bit images by 1/255)"
+            )
+        most = torch.finfo(self.dtype).max
+        if torch.finfo(x.dtype).max > most and (x.abs() > most).any():
+            raise ValueError(
+                f"{argument} must fit into the dtype of the pair, {self.dtype}, got numbers that "
+                "are too large; scale the data, or convert the pair with pair.to(torch.float64)"
             )
         return x
 
@@ -333,11 +348,22 @@ class Autoencoder(Part, PyroModule):
                 # zeros: a draw of the decoder need not lie where the data do
                 corruption, x_tilde = _draw("corruption(x)", self.corruption, torch.zeros_like(x))
                 _expect("corruption(x)", corruption, Size((3,)), corruption.event_shape)
-            encoder, codes = _draw("encoder(x)", self.encoder, x_tilde, sample_shape=(16,))
-            _expect("encoder(x)", encoder, Size((3,)), prior.event_shape)
+            if isinstance(self.encoder, NoEncoder):
+                encoder, codes = prior, z
+            else:
+                encoder, codes = _draw("encoder(x)", self.encoder, x_tilde, sample_shape=(16,))
+                _expect("encoder(x)", encoder, Size((3,)), prior.event_shape)
             if self.factor is not None:
                 factor, _ = _draw("factor(x, z)", self.factor, x, z)
                 _expect("factor(x, z)", factor, Size((3,)), Size((0,)))
+            if self.discriminator is not None:
+                label, _ = _draw("discriminator(x, z)", self.discriminator, x, z)
+                _expect("discriminator(x, z)", label, Size((3,)), Size())
+            elif isinstance(self.encoder, NoEncoder):
+                raise ValueError(
+                    "encoder may be NoEncoder only beside a discriminator to train by, got "
+                    "discriminator=None"
+                )
             constant = bool((prior.log_prob(z) == 0).all())
         require_compatible(prior, encoder, codes)
         learns = any(parameter.requires_grad for parameter in self.prior.parameters())

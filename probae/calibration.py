@@ -13,7 +13,7 @@ from .autoencoder import Autoencoder, frozen
 from .checks import prior_of, require_density, require_parts
 from .distributions import is_flat, is_point
 from .memory import counts, rows_in_budget
-from .part import as_number, require_count
+from .part import as_number, listed, require_count
 
 MOST_BINS = 20  # of a test of uniformity
 VIEWS = 64  # corrupted views of x over which the density of a guide is averaged
@@ -396,7 +396,7 @@ def _levels(levels: Any) -> Tensor:
     """Return nominal levels, (J,), in double."""
     if levels is None:
         return torch.arange(1, 20, dtype=torch.float64) / 20
-    given = levels.tolist() if hasattr(levels, "tolist") else levels
+    given = listed(levels)
     values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
     if not values or not all(0 < as_number(value) < 1 for value in values):
         raise ValueError(

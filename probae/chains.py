@@ -230,6 +230,8 @@ def langevin(
         (torch.Size([10, 5, 2]), torch.Size([5]))
     """
     step_size = require_positive(step_size, "step_size")
+    if step_size > 1e100:
+        raise ValueError(f"step_size must be below 1e100, in units of x, got {step_size:g}")
     metropolis = require_flag(metropolis, "metropolis")
     num_nodes = require_count(num_nodes, "num_nodes")
     field, x, _ = _score_field(pair, x0)
@@ -321,6 +323,8 @@ def annealed_denoising(
             f"{relative_step!r}"
         )
     levels = list(pairs) if isinstance(pairs, Sequence) else [pairs]
+    for pair in levels:
+        require_pair(pair, "pairs")
     if not levels:
         raise ValueError("pairs is empty: expected at least one denoising autoencoder")
     fields = [_score_field(pair, x0) for pair in levels]
@@ -430,6 +434,11 @@ def posterior_samples(
     """
     require_pair(pair)
     require_finite(pair)
+    if pair.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"pair must be in float32 or float64 for Hamiltonian moves, got {pair.dtype}; convert "
+            "it with pair.float()"
+        )
     num_samples = require_count(num_samples, "num_samples", least=4)
     num_chains = require_count(num_chains, "num_chains")
     warmup = require_count(warmup, "warmup")
@@ -460,7 +469,12 @@ def posterior_samples(
             init_strategy=init_to_sample,
         )
         mcmc = MCMC(kernel, num_samples, warmup, disable_progbar=True)
-        mcmc.run(datum[None])
+        try:
+            mcmc.run(datum[None])
+        except ValueError as error:
+            raise ValueError(
+                f"x must have a posterior that Hamiltonian moves can start from; Pyro says: {error}"
+            ) from error
         found = mcmc.diagnostics()
         rate, diverged = (found[name]["chain 0"] for name in ("acceptance rate", "divergences"))
         draws = mcmc.get_samples()["z"].detach()[:, 0]  # (draws, *z_shape)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.utils.data import Dataset, IterableDataset
 
 from .autoencoder import Autoencoder, frozen, require_compatible
-from .datasets import as_tensor
 from .distributions import (
     GreyBernoulli,
     base_distribution,
@@ -28,24 +26,45 @@ def check_support(
 ) -> None:
     """Check shape, dtype and support of data; ``strict`` refuses grey pixels under Bernoulli."""
     pair.check_input(x, argument)
-    if binarize:
-        bad = ~((x >= 0) & (x <= 1))
-        if bad.any():
-            raise ValueError(
-                f"{argument} must lie in [0, 1] to be binarised, got {_first_bad(x, bad)}; scale "
-                "8-bit images by 1/255"
-            )
-        return
-    base = likelihood_of(pair)
-    grey = has_component(base, GreyBernoulli)
-    support: Any = constraints.boolean if grey and strict else base.support
-    for chunk, rows in chunks(x):
-        bad = ~support.check(chunk)
-        if bad.any():
-            raise ValueError(
-                f"{argument} must lie in the support of the decoder ({_describe(support)}), got "
-                f"{_first_bad(chunk, bad, rows)}; {_support_fix(grey, support)}"
-            )
+    if not x.isfinite().all():  # of finite numbers, so they were too large
+        raise ValueError(
+            f"{argument} must fit into the dtype of the pair, {pair.dtype}, got numbers that are "
+            "too large; scale the data, or convert the pair with pair.to(torch.float64)"
+        )
+    SupportCheck(pair, binarize, strict)(x, argument)
+
+
+class SupportCheck:
+    """The check of many batches of data against one pair, which is looked at once."""
+
+    def __init__(self, pair: Autoencoder, binarize: bool, strict: bool = False) -> None:
+        self.pair, self.binarize = pair, binarize
+        base = likelihood_of(pair)
+        self.grey = has_component(base, GreyBernoulli)
+        boolean = self.grey and strict
+        self.support: Any = constraints.boolean if boolean else base.support
+
+    def __call__(self, x: Tensor, argument: str, places: Sequence[int] | None = None) -> None:
+        """Check data; ``places`` are the numbers of their rows where these are a batch."""
+        self.pair.check_input(x, argument)
+        places = range(len(x)) if places is None else places
+        if self.binarize:
+            bad = ~((x >= 0) & (x <= 1))
+            if bad.any():
+                raise ValueError(
+                    f"{argument} must lie in [0, 1] to be binarised, got "
+                    f"{_first_bad(x, bad, places)}; scale 8-bit images by 1/255"
+                )
+            return
+        for chunk, row in chunks(x):
+            bad = ~self.support.check(chunk)
+            if bad.any():
+                raise ValueError(
+                    f"{argument} must lie in the support of the decoder "
+                    f"({_describe(self.support)}), got "
+                    f"{_first_bad(chunk, bad, places[row:])}; "
+                    f"{_support_fix(self.grey, self.support)}"
+                )
 
 
 def _support_fix(grey: bool, support: Any) -> str:
@@ -69,20 +88,25 @@ def _describe(support: Any) -> str:
     return str(support)
 
 
-def _first_bad(x: Tensor, bad: Tensor, first_row: int = 0) -> str:
+def _first_bad(x: Tensor, bad: Tensor, places: Sequence[int]) -> str:
     position = bad.nonzero()[0].tolist()
     value = x[tuple(position)]  # a vector where the support is one of vectors
     text = f"{float(value):g}" if value.dim() == 0 else str(value.tolist())
-    position[0] += first_row
+    position[0] = places[position[0]]
     return f"{int(bad.sum())} values outside, the first {text} at index {tuple(position)}"
 
 
-def require_pair(pair: Any) -> None:
-    """Raise a ValueError unless ``pair`` is an :class:`Autoencoder`."""
+def require_pair(pair: Any, argument: str = "pair") -> None:
+    """Raise a ValueError unless ``pair`` is an :class:`Autoencoder` that holds numbers."""
     if not isinstance(pair, Autoencoder):
         raise ValueError(
-            f"pair must be a probae.Autoencoder, got {type(pair).__name__}; compose one with "
+            f"{argument} must be a probae.Autoencoder, got {type(pair).__name__}; compose one with "
             "probae.Autoencoder(prior, encoder, decoder)"
+        )
+    if pair.device.type == "meta":
+        raise ValueError(
+            f"{argument} must hold numbers, but is on the device 'meta'; build it on 'cpu' or "
+            "'cuda', or load it there"
         )
 
 
@@ -173,67 +197,22 @@ def is_grey(x: Tensor) -> bool:
     return any(bool(((rows != 0) & (rows != 1)).any()) for rows, _ in chunks(x))
 
 
-class TrainingData:
-    """Training data that are indexed by batch: a tensor in memory, or a map-style Dataset."""
-
-    def __init__(self, pair: Autoencoder, x: Any, argument: str, binarize: bool) -> None:
-        self.pair, self.binarize, self.argument = pair, binarize, argument
-        self.seen_grey = False  # of a Dataset, as its data come by
-        self.dataset: Dataset[Any] | None = x if is_map_style(x) else None
-        if self.dataset is not None:
-            self.size = len(x)
-            if self.size == 0:
-                raise ValueError(f"{argument} is empty: expected at least one datum")
-            self._check(self._items(torch.arange(min(self.size, 2))))
-        else:
-            self.tensor = to_pair(pair, as_tensor(x, argument))
-            self.size = len(self.tensor)
-            self._check(self.tensor)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def is_grey(self) -> bool:
-        """Whether a value is neither 0 nor 1; of a Dataset, among the data seen so far."""
-        return self.seen_grey if self.dataset is not None else is_grey(self.tensor)
-
-    def batch(self, index: Tensor) -> Tensor:
-        """Return the data at these places, binarised anew where that was asked for."""
-        x = self.tensor[index] if self.dataset is None else self._items(index)
-        if self.dataset is not None:
-            self._check(x)
-            self.seen_grey = self.seen_grey or is_grey(x)
-        return torch.bernoulli(x) if self.binarize else x
-
-    def _items(self, index: Tensor) -> Tensor:
-        dataset = self.dataset
-        assert dataset is not None
-        items = []
-        for i in index.tolist():
-            item = dataset[i]
-            item = item[0] if isinstance(item, tuple | list) and item else item
-            if not isinstance(item, Tensor | np.ndarray):
-                raise ValueError(
-                    f"{self.argument}[{i}] must be a tensor or a tuple that begins with one, got "
-                    f"{type(item).__name__}; give the Dataset a transform to tensors"
-                )
-            items.append(torch.as_tensor(item))
-            if tuple(items[-1].shape) != self.pair.x_shape:
-                raise ValueError(
-                    f"{self.argument}[{i}] must have the shape {self.pair.x_shape} of one datum, "
-                    f"got {tuple(items[-1].shape)}"
-                )
-        return to_pair(self.pair, as_tensor(torch.stack(items), self.argument))
-
-    def _check(self, x: Tensor) -> None:
-        check_support(self.pair, x, self.argument, binarize=self.binarize, strict=False)
-
-
 def is_map_style(x: Any) -> bool:
     """Whether x is a torch Dataset that can be indexed."""
     return isinstance(x, Dataset) and not isinstance(x, IterableDataset) and hasattr(x, "__len__")
 
 
-def to_pair(pair: Autoencoder, x: Tensor) -> Tensor:
-    """Return data on the device and in the dtype of a pair."""
-    return x.detach().to(pair.device, pair.dtype)
+def to_pair(pair: Autoencoder, x: Tensor, argument: str = "x") -> Tensor:
+    """Return data on the device and in the dtype of a pair, finite as they were."""
+    converted = x.detach().to(pair.device, pair.dtype)
+    if torch.finfo(pair.dtype).max < torch.finfo(x.dtype).max:
+        for rows, first in chunks(converted):
+            bad = ~rows.isfinite()
+            if bad.any():
+                row = first + int(bad.nonzero()[0, 0])
+                raise ValueError(
+                    f"{argument} must fit into the dtype of the pair, {pair.dtype}, got numbers "
+                    f"that are too large, the first in row {row}; scale the data, or convert the "
+                    "pair with pair.to(torch.float64)"
+                )
+    return converted

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import io
 import json
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from . import __version__, plots
+from . import __version__, checkpoints, distributed, plots
 from .annealing import Annealing
 from .autoencoder import Autoencoder, frozen, seeded
 from .checks import likelihood_of
@@ -27,6 +32,7 @@ from .datasets import (
 )
 from .decoders import LIKELIHOODS
 from .distributions import GreyBernoulli, has_component, is_flat
+from .interrupts import terminate
 from .likelihood import LogLikelihood
 from .networks import ACTIVATIONS
 from .objectives import ELBO, IWAE, LinearWarmup, PerDatumObjective
@@ -112,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         int: 0; 2 after an error that is the user's to mend, told in one line on stderr; 130 after
-        an interrupt.
+        an interrupt, by Ctrl-C or SIGTERM.
 
     Raises:
         SystemExit: after ``--help`` and ``--version`` (0), or where the arguments do not parse (2).
@@ -126,15 +132,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± must not end a run
     args = _parser().parse_args(argv)
+    number, launched = distributed.launched_rank(), distributed.is_launched()
+    who = f"probae, process {number}" if launched else "probae"
     try:
-        args.command(args)
+        with _sigterm_as_interrupt():
+            args.command(args)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        print(f"probae: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("probae: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        if number == 0:
+            what = str(interrupt) or "nothing was written"
+            print(f"{who}: interrupted; {what}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM, by which clusters end a job, do what Ctrl-C does."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -227,6 +254,18 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     text = "spread each grey level over its interval, once, for densities; of a file, say how many"
     _option(training, "--dequantize", text, "no", type=int, nargs="?", const=0, metavar="LEVELS")
     _option(training, "--seed", "of split, weights and training", type=_seed, default=0)
+    text = "float32, or bf16: layers multiply in bfloat16"
+    _option(training, "--precision", text, choices=("float32", "bf16"), default="float32")
+    text = "of a NaN or infinity in a batch: raise an error, or skip the batch and count it"
+    _option(training, "--on-fault", text, choices=("raise", "skip"), default="raise")
+
+    keeping = parser.add_argument_group("checkpoints, in the folder RUN.checkpoint until the end")
+    text = "go on from the checkpoint of an unfinished run, or begin where there is none"
+    _option(keeping, "--resume", text, "no", action="store_true")
+    text = "keep it at the end, so that --resume with more --epochs can train on"
+    _option(keeping, "--keep-checkpoint", text, "no", action="store_true")
+    text = "seconds between checkpoints, which are made after every epoch, too"
+    _option(keeping, "--checkpoint-seconds", text, type=float, default=300.0)
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -290,17 +329,73 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _fit(args: argparse.Namespace) -> None:
-    with staged(args.out, RUN_FILE, RUN_FORMAT, args.overwrite) as folder:
-        _train(args, folder, pictures=folder)
-        names = sorted(path.name for path in folder.iterdir())
+    place = args.out.with_name(f"{args.out.name}.checkpoint")
+    with distributed.joined(args.device) as args.device:
+        if not distributed.is_main():  # it helps, and writes nothing
+            if _train(args, None, None, place)[1]["interrupted"]:
+                raise KeyboardInterrupt
+            return
+        replaces = _prepare(args, place)
+        with (
+            _left_if_of_use(place),
+            staged(args.out, RUN_FILE, RUN_FORMAT, replaces) as folder,
+        ):
+            _, record = _train(args, folder, folder, place)
+            names = sorted(path.name for path in folder.iterdir())
+        if record["interrupted"]:
+            raise KeyboardInterrupt(f"wrote {args.out} as it stands; {_goes_on(place)}")
+        if not args.keep_checkpoint:
+            _remove(place)
     if not args.quiet:
         print(f"wrote {args.out}: {', '.join(names)}")
 
 
-def _train(args: argparse.Namespace, folder: Path, pictures: Path) -> tuple[Autoencoder, Record]:
+def _prepare(args: argparse.Namespace, place: Path) -> bool:
+    """Return whether an earlier run may be replaced; refuse to begin over an unfinished one."""
+    if (place / checkpoints.FILE).exists():
+        if args.resume:
+            return True
+        if not args.overwrite:
+            raise ValueError(
+                f"{place} holds the checkpoint of an unfinished run; pass --resume to go on with "
+                "it, or --overwrite to begin anew"
+            )
+        _remove(place)
+    return bool(args.overwrite)
+
+
+@contextlib.contextmanager
+def _left_if_of_use(place: Path) -> Iterator[None]:
+    """Remove a checkpoint after an error, if not even an epoch would be lost."""
+    try:
+        yield
+    except (ValueError, FloatingPointError):
+        file = place / checkpoints.FILE
+        with contextlib.suppress(ValueError, OSError, LookupError, TypeError):
+            if checkpoints.read(file)["epoch"] == 1:
+                _remove(place)
+        raise
+
+
+def _remove(place: Path) -> None:
+    (place / checkpoints.FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # other things lie there, or nothing ever did
+        place.rmdir()
+
+
+def _goes_on(place: Path) -> str:
+    return f"the same command with --resume goes on from {place / checkpoints.FILE}"
+
+
+def _train(
+    args: argparse.Namespace,
+    folder: Path | None,
+    pictures: Path | None,
+    checkpoint: Path | None = None,
+) -> tuple[Autoencoder, Record]:
     """Fit a pair as ``probae fit`` was told to; write the run, and its pictures."""
     start = time.perf_counter()
-    model, tell = MODELS[args.model], _silent if args.quiet else say
+    model, tell = MODELS[args.model], _silent if args.quiet or folder is None else say
     objective, place = _objective(args), as_device(args.device)
     raw = load_data(args.data, args.seed)
     with seeded(args.seed, {torch.device("cpu")}):
@@ -329,7 +424,16 @@ def _train(args: argparse.Namespace, folder: Path, pictures: Path) -> tuple[Auto
         patience=args.patience,
         seed=args.seed,
         progress=not args.quiet and sys.stderr.isatty(),
+        precision=args.precision,
+        on_fault=args.on_fault,
+        checkpoint=checkpoint,
+        checkpoint_seconds=args.checkpoint_seconds,
+        resume=checkpoint is not None and args.resume,
     )
+    if run.interrupted and checkpoint is None:
+        raise KeyboardInterrupt
+    if run.interrupted and checkpoint is not None and not run.history["epoch"]:
+        raise KeyboardInterrupt(f"no epoch is whole yet; {_goes_on(checkpoint)}")
     tell(_outcome(run))
     in_unit = bool(data.train.min() >= 0 and data.train.max() <= 1)
     limits = (0.0, 1.0) if in_unit else (float(data.train.min()), float(data.train.max()))
@@ -354,32 +458,44 @@ def _train(args: argparse.Namespace, folder: Path, pictures: Path) -> tuple[Auto
         "monitored": run.monitored,
         "best_epoch": run.best_epoch,
         "stopped_early": run.stopped_early,
+        "interrupted": run.interrupted,
+        "skipped": run.skipped,
         "seconds": time.perf_counter() - start,
     }
+    if folder is None or pictures is None:
+        return pair, record
     save(pair, folder)
     write_json(folder / HISTORY, run.history)
     write_json(folder / RUN_FILE, record)
-    write_figure(pictures / LOSS, plots.loss_curve(run, title=title))
+    _write_picture(pictures / LOSS, plots.loss_curve(run, title=title)[0])
     if plots.is_image(pair.x_shape):
         shown, _ = as_measured(pair, record, raw.splits.val[:12], None, seed=0)
-        figure = plots.reconstructions(
+        ax = plots.reconstructions(
             pair,
             shown.to(pair.device, pair.dtype),
             columns=12,
             title=f"{title}: validation data and their reconstructions",
             limits=limits,
         )
-        write_figure(pictures / RECONSTRUCTIONS, figure)
+        _write_picture(pictures / RECONSTRUCTIONS, ax)
         if not is_flat(pair.prior()):
             what = "decoder means at 64 samples of the prior, seed 0"
-            figure = plots.samples(pair, 64, seed=0, title=f"{title}: {what}", limits=limits)
-            write_figure(pictures / SAMPLES, figure)
+            ax = plots.samples(pair, 64, seed=0, title=f"{title}: {what}", limits=limits)
+            _write_picture(pictures / SAMPLES, ax)
     return pair, record
+
+
+def _write_picture(file: Path, ax: Axes) -> None:
+    """Write the figure that the axes are in."""
+    assert isinstance(ax.figure, Figure)
+    write_figure(file, ax.figure)
 
 
 def _outcome(run: Run) -> str:
     text = f"parameters of epoch {run.best_epoch} of {len(run.history['epoch'])}"
     text += f"{' (stopped early)' if run.stopped_early else ''}, {run.seconds:.1f} s"
+    if run.skipped:
+        text += f"; {run.skipped} batches with faults were left out"
     if run.best_epoch < 1:
         return text
     on, column = ("validation", "val_loss") if run.monitored == "val" else ("training", "loss")
@@ -478,10 +594,18 @@ def _wants_binary(args: argparse.Namespace, train: Tensor, bernoulli: bool) -> b
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    with distributed.joined(args.device) as args.device:
+        _evaluate_together(args)
+
+
+def _evaluate_together(args: argparse.Namespace) -> None:
+    """Evaluate; in several processes, each some of the data, and the main one reports."""
     pair, record = load_run(args.run, args.device)
     x, data, split, levels = _select(args, record)
     annealing = _annealing(args)
     ll, note = measure(pair, record, x, levels, args.method, args.num_samples, args.seed, annealing)
+    if not distributed.is_main():
+        return
     key: Record = {"data": data, "split": split, "limit": args.limit, "seed": args.seed}
     if annealing is not None:
         key |= {"temperatures": annealing.num_temperatures, "start": annealing.start}
@@ -577,7 +701,7 @@ def _sample(args: argparse.Namespace) -> None:
     count = "one sample" if args.num_samples == 1 else f"{args.num_samples} samples"
     what = f"{what} {count} of the prior, seed {args.seed}"
     if suffix == ".png":
-        figure = plots.samples(
+        ax = plots.samples(
             pair,
             args.num_samples,
             mean=args.mean,
@@ -585,7 +709,7 @@ def _sample(args: argparse.Namespace) -> None:
             title=f"{record['title']}: {what}",
             limits=tuple(record["limits"]),
         )
-        write_figure(args.out, figure)
+        _write_picture(args.out, ax)
     else:
         x, z = sample(pair, args.num_samples, seed=args.seed)
         if args.mean:

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .autoencoder import Autoencoder
-from .checks import TrainingData, chunks
+from .batches import TrainingData
+from .checks import chunks
 from .corruptions import Corruption
 from .objectives import ELBO, PerDatumObjective
 from .part import RECORDING
@@ -66,7 +67,7 @@ class CannotCompile(RuntimeError):
 
 def require_mode(compile: Any) -> None:
     """Raise a ValueError unless the argument is True, False or "auto"."""
-    if not isinstance(compile, bool) and compile != "auto":
+    if not isinstance(compile, bool) and not (isinstance(compile, str) and compile == "auto"):
         raise ValueError(f"compile must be True, False or 'auto', got {compile!r}")
 
 
@@ -209,9 +210,10 @@ class CompiledStep:
             torch.set_rng_state(random_state)
 
     def step(self, source: Tensor) -> float | None:
-        """Take a step and return the loss; None where it is not finite, and all is as before.
+        """Take a step and return the loss; None where an eager step is due, and all is as before.
 
-        None, too, where the weights began or ceased to decay, of which the graph does not know.
+        It is where the loss or a gradient is not finite, or a sum of gradients overflows; and where
+        weights began or ceased to decay, of which the graph does not know.
         """
         if self.decays != [_decay(self.optim, k) for k in range(len(self.decays))]:
             self.leave()
@@ -287,12 +289,14 @@ class CompiledStep:
         with _swapped(self.pair, tensors), products_in(self.precision):
             loss = objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
         gradients = list(torch.autograd.grad(loss / len(batch), leaves))
-        loss = loss.detach()
+        sums = torch.stack([gradient.sum() for gradient in gradients])
+        finite = loss.detach().isfinite() & sums.sum().isfinite()
+        loss = torch.where(finite, loss.detach(), math.nan)
         if self.clip_norm is not None:
             gradients = _clipped(gradients, numbers[1])
 
         def update(tensor: Tensor, value: Tensor) -> None:
-            tensor.copy_(torch.where(loss.isfinite(), value, tensor))
+            tensor.copy_(torch.where(finite, value, tensor))
 
         for tensor, value, written in zip(others, used, self.written, strict=True):
             if written:

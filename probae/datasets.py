@@ -2,11 +2,13 @@
 
 import gzip
 import hashlib
+import math
 import os
+import zipfile
 import zlib
 from collections.abc import Sized
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pooch  # type: ignore[import-untyped, unused-ignore]
@@ -18,6 +20,9 @@ from torch.utils.data import Dataset, IterableDataset
 # as_tensor, which every model calls, does not need it.
 
 DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "patches")
+
+LARGE = 2**28  # bytes above which training maps a .npy file
+DEFLATED = 1100  # how many bytes a compressed one can stand for, at most, in a .npz file
 
 _SEED = 0  # splits and patches are the same in every process
 _PATCH = 12  # side of a patch, pixels
@@ -158,13 +163,15 @@ def load_dataset(name: str, root: str | os.PathLike[str] | None = None) -> DataS
         >>> data.train.shape, data.labels.train.shape
         (torch.Size([1257, 1, 8, 8]), torch.Size([1257]))
     """
+    if not isinstance(name, str) or name not in DATASET_NAMES:
+        raise ValueError(f"name must be one of {', '.join(DATASET_NAMES)}; got {name!r}")
+    if root is not None and not isinstance(root, str | os.PathLike):
+        raise ValueError(f"root must be the path of a folder or None, got {root!r}")
     if name == "digits":
         return _load_digits()
-    if name in ("mnist", "fashion-mnist"):
-        return _load_idx(name, root)
     if name == "patches":
         return _load_patches()
-    raise ValueError(f"name must be one of {', '.join(DATASET_NAMES)}; got {name!r}")
+    return _load_idx(name, root)
 
 
 def as_tensor(x: Any, argument: str = "x") -> Tensor:
@@ -189,13 +196,15 @@ def as_tensor(x: Any, argument: str = "x") -> Tensor:
         >>> as_tensor(np.ones((5, 2), dtype=np.float16)).dtype
         torch.float32
     """
+    if not isinstance(argument, str):
+        raise ValueError(f"argument must be a name, a str, got {type(argument).__name__}")
     if isinstance(x, (DataSplits, Splits)):
         raise ValueError(
             f"{argument} must be one split of a data set, got all of them "
             f"({type(x).__name__}); pass data.train (or data.val, data.test)"
         )
     if isinstance(x, (str, os.PathLike)):
-        x = _read_array(Path(x), argument)
+        x = read_array(Path(x), argument)
     elif isinstance(x, Dataset):
         x = _stack_items(x, argument)
 
@@ -216,6 +225,8 @@ def as_tensor(x: Any, argument: str = "x") -> Tensor:
             f"torch Dataset; got {type(x).__name__}; pass numpy.asarray(...) of numbers, "
             "torch.stack(...) of tensors, .to_numpy() of a table, .dataset of a DataLoader"
         )
+    if x.device.type == "meta":
+        raise ValueError(f"{argument} must hold numbers, got a tensor on the device 'meta'")
     if x.layout != torch.strided:
         raise ValueError(f"{argument} must be dense, got {x.layout}; pass {argument}.to_dense()")
     if not (x.is_floating_point() or x.dtype == torch.bool):
@@ -228,14 +239,29 @@ def as_tensor(x: Any, argument: str = "x") -> Tensor:
             f"{argument} must have shape (N, ...) with N >= 1 and no empty dimension, got shape "
             f"{tuple(x.shape)}; check how it was loaded or sliced"
         )
-    bad = ~torch.isfinite(x)
-    if bad.any():
-        first = int(bad.reshape(len(x), -1).any(1).nonzero()[0])
+    rows = max(1, 2**22 // x[0].numel())  # at a time: a mask of all would be a quarter of x
+    bad = [(~torch.isfinite(part)).flatten(1).sum(1) for part in x.unsqueeze(-1).split(rows)]
+    count = torch.cat(bad)
+    if count.any():
+        first = int(count.nonzero()[0])
         raise ValueError(
-            f"{argument} must be finite, got {int(bad.sum())} NaN or infinite values, the first "
+            f"{argument} must be finite, got {int(count.sum())} NaN or infinite values, the first "
             f"in row {first} ({argument}[{first}]); remove or impute them"
         )
     return x
+
+
+def require_mappable(array: np.memmap, argument: str) -> None:
+    """Raise a ValueError unless rows of a mapped array are data that :func:`as_tensor` takes."""
+    if array.dtype.kind not in "bf":
+        raise _dtype_error(
+            argument, array.dtype, ", or a torch Dataset whose items are so converted as they come"
+        )
+    if array.ndim == 0 or array.size == 0:
+        raise ValueError(
+            f"{argument} must have shape (N, ...) with N >= 1 and no empty dimension, got shape "
+            f"{array.shape}; check how it was saved or sliced"
+        )
 
 
 def binarize(x: Tensor, seed: int = 0) -> Tensor:
@@ -277,7 +303,7 @@ def dequantize(x: Tensor, levels: int, seed: int = 0) -> Tensor:
         >>> (y * 3).floor()
         tensor([[0., 1., 2.]])
     """
-    if not isinstance(levels, (int, np.integer)) or levels < 2:
+    if not isinstance(levels, (int, np.integer)) or not 2 <= levels <= 2**53:
         raise ValueError(
             f"levels must be a whole number >= 2, the number of grey levels, got {levels!r}; "
             "8-bit images have 256"
@@ -419,27 +445,44 @@ def _find_or_download(name: str, filename: str, root: str | os.PathLike[str] | N
         ) from error
 
 
-def _read_array(path: Path, argument: str) -> np.ndarray:
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; no error for a name that none can have."""
+    return os.path.isfile(path)
+
+
+def is_large_file(path: Path) -> bool:
+    """Whether a file is an array that is better mapped than read."""
+    return path.suffix.lower() == ".npy" and is_file(path) and path.stat().st_size > LARGE
+
+
+def read_array(path: Path, argument: str, mapped: bool = False) -> np.ndarray:
+    """Return the array in a .npy or .npz file, ``mapped`` or read; nothing is ever unpickled."""
     if path.suffix.lower() not in (".npy", ".npz"):
         hint = f"; for the data set use load_dataset({str(path)!r}).train"
         raise ValueError(
             f"{argument} must be the path of a .npy or .npz file, got {str(path)!r}"
             + (hint if str(path) in DATASET_NAMES else "; save it with numpy.save")
         )
-    if not path.is_file():
+    if not is_file(path):
         raise FileNotFoundError(f"{argument}: there is no file {str(path)!r}; check the path")
+    names: list[str] = []
     try:
         with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return loaded
-            names = loaded.files  # of a .npz archive
+            is_archive = file.read(2) == b"PK"
+            file.seek(0)
+            if not is_archive:
+                _require_whole(file, path.stat().st_size)
+        if not is_archive:
+            return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            _require_plain_names(names)
             name = names[0] if len(names) == 1 else "x"
             if name in names:
-                return np.asarray(loaded[name])
+                return _read_member(archive, name)
     except (PermissionError, MemoryError):
         raise
-    except Exception as error:  # numpy raises ten unrelated types on damaged files
+    except Exception as error:  # numpy and zipfile raise ten unrelated types on damaged files
         raise ValueError(
             f"{argument}: {str(path)!r} cannot be read, it is damaged or holds Python objects "
             f"({error}); save it again with numpy.save or numpy.savez from a numeric array"
@@ -448,6 +491,57 @@ def _read_array(path: Path, argument: str) -> np.ndarray:
         f"{argument}: {str(path)!r} must hold one array, or one named 'x', got {names}; "
         "pass the array itself, or save it under the name 'x'"
     )
+
+
+def _require_whole(file: IO[bytes], size: int) -> None:
+    """Raise a ValueError unless the header of a .npy file tells of as many bytes as there are.
+
+    So nothing is allocated for a header that lies.
+    """
+    readers: Any = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"version {version} of the format is not one of {list(readers)}")
+    try:
+        shape, _, dtype = readers[version](file)
+    except MemoryError as error:  # of Python's parser, on brackets within brackets
+        raise ValueError("its header cannot be parsed") from error
+    if dtype.hasobject:
+        raise ValueError("its items are Python objects")
+    expected = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or expected != size - file.tell():
+        raise ValueError(
+            f"its header tells of {expected} bytes, shape {shape} of {dtype}, and "
+            f"{size - file.tell()} follow"
+        )
+
+
+def _require_plain_names(names: list[str]) -> None:
+    """Raise a ValueError where a member's name is a way out of a folder, or comes twice."""
+    for name in names:
+        if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
+            raise ValueError(f"the name {name!r} in it is no plain name")
+    if len(set(names)) < len(names):
+        raise ValueError("a name comes twice in it")
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Return an array of an archive; zipfile compares its checksum once all is read."""
+    entry = next(e for e in archive.infolist() if e.filename.removesuffix(".npy") == name)
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name!r} is compressed in a way that numpy does not use")
+    if entry.file_size > DEFLATED * max(entry.compress_size, 1):
+        raise ValueError(f"{name!r} cannot have {entry.file_size} bytes")
+    with archive.open(entry) as member:
+        _require_whole(member, entry.file_size)
+    with archive.open(entry) as member:
+        array = np.lib.format.read_array(member, allow_pickle=False)
+        if member.read(1):
+            raise ValueError(f"{name!r} has bytes beyond its array")
+        return array
 
 
 def _stack_items(dataset: Dataset[object], argument: str) -> Tensor:
@@ -478,13 +572,13 @@ def _stack_items(dataset: Dataset[object], argument: str) -> Tensor:
     return torch.stack(items) if items else torch.empty(0)
 
 
-def _dtype_error(argument: str, dtype: np.dtype | torch.dtype) -> ValueError:
+def _dtype_error(argument: str, dtype: np.dtype | torch.dtype, more: str = "") -> ValueError:
     if "int" in str(dtype):
         fix = f"convert it with {argument}.float() (NumPy: {argument}.astype('float32')), and "
         fix += "divide 8-bit images by 255"
     else:
         fix = "pass real numbers, for example as float32"
-    return ValueError(f"{argument} must be floating-point or bool, got {dtype}; {fix}")
+    return ValueError(f"{argument} must be floating-point or bool, got {dtype}; {fix}{more}")
 
 
 def _check_unit_interval(x: Tensor) -> None:
@@ -500,5 +594,7 @@ def _uniform(x: Tensor, seed: int) -> Tensor:
     """U[0, 1) like x; drawn on the CPU so that a seed means the same on every device."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be an int, got {seed!r}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be an int of 64 bits, got {seed!r}")
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)

@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 from .corruptions import Corruption, require_corruption
 from .distributions import ContinuousBernoulli, DiscretizedLogistic, GreyBernoulli
 from .networks import MLP, DeconvNet
-from .part import Part, require_count, require_positive, two_parameters
+from .part import Part, require_count, require_flag, require_positive, two_parameters
 
 if TYPE_CHECKING:
     from torch.distributions import Distribution
@@ -162,9 +162,10 @@ class GaussianDecoder(Decoder):
         scale_min: float = 1e-3,
     ) -> None:
         super().__init__(network)
-        require_positive(scale, "scale")
+        if require_positive(scale, "scale") > 1e30:
+            raise ValueError(f"scale must be below 1e30, in units of x, got {scale!r}")
         self.scale_min = require_positive(scale_min, "scale_min")
-        self.learn_scale = learn_scale
+        self.learn_scale = require_flag(learn_scale, "learn_scale")
         if learn_scale:
             if scale <= scale_min:
                 raise ValueError(

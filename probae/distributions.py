@@ -14,7 +14,7 @@ from torch.distributions import Transform, biject_to
 from torch.distributions.transforms import IndependentTransform
 from torch.nn.functional import logsigmoid, softplus
 
-from .part import require_count
+from .part import require_count, require_parameter
 
 
 class GreyBernoulli(dist.Bernoulli):
@@ -70,7 +70,7 @@ class ContinuousBernoulli(dist.TorchDistribution):
     has_rsample = True
 
     def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
-        self.logits = logits
+        self.logits = require_parameter(logits, "logits")
         super().__init__(logits.shape, validate_args=validate_args)
 
     @property
@@ -140,7 +140,15 @@ class DiscretizedLogistic(dist.TorchDistribution):
         self, loc: Tensor, scale: Tensor, levels: int = 256, validate_args: bool | None = None
     ) -> None:
         self.levels = require_count(levels, "levels", least=2)
-        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
+        require_parameter(loc, "loc")
+        require_parameter(scale, "scale")
+        try:
+            self.loc, self.scale = torch.broadcast_tensors(loc, scale)
+        except RuntimeError as error:
+            raise ValueError(
+                f"loc and scale must have shapes that go together, got {tuple(loc.shape)} and "
+                f"{tuple(scale.shape)}"
+            ) from error
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @property

@@ -54,7 +54,7 @@ class ContractivePenalty(Part):
         self, encoder: nn.Module, weight: float, method: str = "exact", num_probes: int = 1
     ) -> None:
         super().__init__()
-        if method not in ("exact", "hutchinson"):
+        if not isinstance(method, str) or method not in ("exact", "hutchinson"):
             raise ValueError(f"method must be 'exact' or 'hutchinson', got {method!r}")
         self.encoder = encoder
         self.weight = require_positive(weight, "weight")
@@ -99,7 +99,10 @@ def jacobian_norm(encoder: nn.Module, x: Tensor) -> Tensor:
         >>> torch.allclose(norm, (weight**2).sum())
         True
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"encoder must be a torch.nn.Module, got {type(encoder).__name__}")
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+    if not dense or not x.is_floating_point() or x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x must be a floating tensor of shape (N, *x_shape), got {_shape(x)}")
     code_size = _differentiable_mean(encoder, x[:1]).numel()
     layer = _sigmoid_layer(encoder)
@@ -117,7 +120,14 @@ def jacobian_norm(encoder: nn.Module, x: Tensor) -> Tensor:
 
     chunk = max(1, MAX_ELEMENTS // (x[0].numel() * code_size))
     with pyro.validation_enabled(False):  # its checks branch on values, which vmap cannot
-        jacobian = vmap(jacrev(code), randomness="different", chunk_size=chunk)(x)
+        try:
+            jacobian = vmap(jacrev(code), randomness="different", chunk_size=chunk)(x)
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise ValueError(
+                "encoder must be one that torch.func can differentiate, got "
+                f"{type(encoder).__name__}: {first}"
+            ) from error
     return jacobian.square().flatten(1).sum(1)  # of (N, z_dim, *x_shape)
 
 

@@ -16,7 +16,7 @@ from .checks import check_support, prior_of, require_finite, require_pair
 from .corruptions import encoder_input
 from .datasets import as_tensor
 from .distributions import base_distribution, is_discrete, is_flat, mean_of
-from .part import require_count
+from .part import listed, require_count
 
 CENTRAL = 0.95  # mass of the prior that a traversal goes through
 NUM_DRAWS = 10_000  # of the prior, where its quantiles have no closed form
@@ -168,7 +168,7 @@ def interpolate(
     require_pair(pair)
     require_finite(pair)
     num_steps = require_count(num_steps, "num_steps", least=2)
-    if kind not in ("linear", "spherical"):
+    if not isinstance(kind, str) or kind not in ("linear", "spherical"):
         raise ValueError(f"kind must be 'linear' or 'spherical', got {kind!r}")
     _require_space(space)
     prior = prior_of(pair)
@@ -279,7 +279,7 @@ def _dimensions(dimensions: Any, size: int) -> list[int]:
     """Return places in a flat code of that size."""
     if dimensions is None:
         return list(range(size))
-    given = dimensions.tolist() if hasattr(dimensions, "tolist") else dimensions
+    given = listed(dimensions)
     chosen = list(given) if isinstance(given, Sequence) else []
     whole = [isinstance(d, Integral) and not isinstance(d, bool) for d in chosen]
     if not chosen or not all(whole) or not all(0 <= d < size for d in chosen):
@@ -336,7 +336,7 @@ def _quantiles(prior: Any, num_steps: int) -> Tensor:
 
 
 def _require_space(space: Any) -> None:
-    if space not in ("z", "x"):
+    if not isinstance(space, str) or space not in ("z", "x"):
         raise ValueError(f"space must be 'z' (codes) or 'x' (data), got {space!r}")
 
 

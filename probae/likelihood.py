@@ -28,7 +28,7 @@ from .exact import MAX_STATES, closed_form
 from .fast_weights import fast_weights
 from .importance import StreamingWeights, plain_weights
 from .memory import counts, rows_in_budget
-from .part import require_count
+from .part import require_count, require_flag
 
 KHAT_LIMIT = 0.7  # above it an importance-sampling estimate is not to be trusted
 
@@ -211,15 +211,16 @@ class LogLikelihood(NamedTuple):
             )
 
     def __repr__(self) -> str:
-        claim = "lower bound" if self.is_bound else "exact"
-        samples = f", {self.num_samples} samples" if self.num_samples else ""
+        claim = self.method + (f", {self.num_samples} samples" if self.num_samples else "")
+        if self.is_bound or self.method != "exact":
+            claim += ", lower bound" if self.is_bound else ", exact"
         if self.method == "iwae" and self.unreliable:
             claim += f", no estimate for {100 * self.unreliable:.0f} % of the data by Pareto k"
         if self.method == "ais" and self.ess is not None:
             claim += f", median ESS {float(self.ess.median()):.1f}"
         return (
             f"LogLikelihood({self.mean:.4f} ± {self.mean_std_error:.4f} nats per datum, "
-            f"{len(self.values)} data, {self.method}{samples}, {claim})"
+            f"{len(self.values)} data, {claim})"
         )
 
 
@@ -290,7 +291,8 @@ def log_likelihood(
     """
     require_parts(pair)
     known = ("auto", "exact", "elbo", "iwae", "ais")
-    if method not in known:
+    require_flag(progress, "progress")
+    if not isinstance(method, str) or method not in known:
         raise ValueError(f"method must be one of {', '.join(known)}, got {method!r}")
     if num_samples is not None:
         num_samples = require_count(num_samples, "num_samples")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .part import as_number
+from .part import as_number, require_parameter
 
 
 def l0_norm(z: Tensor) -> Tensor:
@@ -97,6 +97,8 @@ def fraction_of_variance_unexplained(x: Tensor, x_hat: Tensor) -> Tensor:
                 f"{argument} must be a floating tensor of shape (N, *x_shape), got "
                 f"{_describe(value)}"
             )
+        if not require_parameter(value, argument).isfinite().all():
+            raise ValueError(f"{argument} must be finite")
     if x.shape != x_hat.shape:
         raise ValueError(
             f"x_hat must have the shape of x, {tuple(x.shape)}, got {tuple(x_hat.shape)}"
@@ -117,6 +119,8 @@ def _active(z: Tensor) -> Tensor:
             f"z must be a tensor of codes of shape (N, K), not empty, got {_describe(z)}; flatten "
             "other batch dimensions with z.flatten(0, -2)"
         )
+    if z.is_meta or z.layout != torch.strided:
+        raise ValueError("z must hold numbers, in a dense tensor; z.to_dense() makes it one")
     if not z.isfinite().all():
         raise ValueError(f"z must be finite, got {int((~z.isfinite()).sum())} values that are not")
     return (z != 0).to(torch.promote_types(z.dtype, torch.float32))

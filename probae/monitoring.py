@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.infer
@@ -11,11 +13,12 @@ from pyro import poutine
 from torch import Tensor
 
 from .autoencoder import Autoencoder, Kind, frozen
-from .checks import chunks, likelihood_of, require_pair, to_pair
+from .checks import likelihood_of, require_pair, to_pair
 from .corruptions import encoder_input
 from .datasets import as_tensor
 from .decoders import CorruptedDecoder
-from .distributions import GreyBernoulli, has_component, mean_of
+from .distributed import shared_blocks
+from .distributions import GreyBernoulli, base_distribution, has_component, mean_of
 from .objectives import ELBO, IWAE, PerDatumObjective
 from .part import require_positive
 from .terms import elbo_terms
@@ -46,15 +49,33 @@ def active_units(pair: Autoencoder, x: Tensor, threshold: float = 0.01) -> int:
 
 def measure(pair: Autoencoder, x: Tensor, rows: int = 1000) -> dict[str, float]:
     """Mean ELBO, reconstruction and KL in nats per datum, with the same noise at each call."""
-    totals = {"reconstruction": 0.0, "kl": 0.0}
+
+    def totals(chunk: Tensor) -> list[float]:
+        terms = elbo_terms(pair.model, pair.guide, chunk)
+        return [float(terms.log_likelihood.sum()), float(terms.kl.sum())]
+
+    reconstruction, kl = _means(pair, x, rows, totals)
     with frozen(pair, seed=0):
-        for chunk, _ in chunks(x, rows):
-            terms = elbo_terms(pair.model, pair.guide, chunk)
-            totals["reconstruction"] += float(terms.log_likelihood.sum())
-            totals["kl"] += float(terms.kl.sum())
-        means = {name: total / len(x) for name, total in totals.items()}
         active = _active_units(pair, x[:1000], 0.01)
-    return {**means, "elbo": means["reconstruction"] - means["kl"], "active_units": active}
+    elbo = reconstruction - kl
+    return {"reconstruction": reconstruction, "kl": kl, "elbo": elbo, "active_units": active}
+
+
+def _means(
+    pair: Autoencoder, x: Tensor, rows: int, totals: Callable[[Tensor], list[float]]
+) -> list[float]:
+    """Return means over data of what is summed over chunks of them, shared by all processes.
+
+    Each chunk is seeded by itself, so that it does not matter which process it falls to.
+    """
+    parts = x.split(rows)
+
+    def block(i: int) -> list[Tensor]:
+        with frozen(pair, seed=i):
+            return [torch.tensor([totals(parts[i])], dtype=torch.float64)]
+
+    (table,) = shared_blocks(len(parts), block)  # (chunks, columns)
+    return (table.sum(0) / len(x)).tolist()
 
 
 def _active_units(pair: Autoencoder, x: Tensor, threshold: float) -> int:
@@ -64,16 +85,18 @@ def _active_units(pair: Autoencoder, x: Tensor, threshold: float) -> int:
 
 def objective_loss(pair: Autoencoder, objective: pyro.infer.ELBO, x: Tensor) -> float:
     """Mean of the objective on held-out data at its final KL weight, same noise at each call."""
-    epoch, total = getattr(objective, "epoch", None), 0.0
+    epoch = getattr(objective, "epoch", None)
     rows = max(50, 1000 // objective.num_particles)
     if isinstance(objective, PerDatumObjective):
         objective.epoch = math.inf
-    with frozen(pair, seed=0):
-        for chunk, _ in chunks(x, rows):
-            total += float(objective.differentiable_loss(pair.model, pair.guide, chunk))
+
+    def totals(chunk: Tensor) -> list[float]:
+        return [float(objective.differentiable_loss(pair.model, pair.guide, chunk))]
+
+    (mean,) = _means(pair, x, rows, totals)
     if isinstance(objective, PerDatumObjective) and epoch is not None:
         objective.epoch = epoch
-    return total / len(x)
+    return mean
 
 
 def broken_parameter(pair: Autoencoder) -> str | None:
@@ -84,10 +107,16 @@ def broken_parameter(pair: Autoencoder) -> str | None:
     return None
 
 
-def find_fault(pair: Autoencoder, x: Tensor) -> str | None:
-    """Name the parameter or the site where a loss stopped being finite."""
+def find_fault(pair: Autoencoder, x: Tensor, places: Tensor | None = None) -> str | None:
+    """Name the parameter, or the site and the datum, where a loss stopped being finite.
+
+    ``places`` (N,) tells where in all the data the data at hand are.
+    """
     if (broken := broken_parameter(pair)) is not None:
         return broken
+    bad = ~x.isfinite()
+    if bad.any():
+        return f"the data are not finite{_datum(bad, places)}"
     with torch.no_grad(), pyro.validation_enabled(False):
         guide = poutine.trace(pair.guide).get_trace(x)
         model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(x)
@@ -96,11 +125,74 @@ def find_fault(pair: Autoencoder, x: Tensor) -> str | None:
             if site["type"] != "sample" or name == "data":
                 continue
             value, log_prob = site["value"], site["fn"].log_prob(site["value"])
-            if not value.isfinite().all():
-                return f"site {name!r} of the {program} drew a value that is not finite"
-            if not torch.as_tensor(log_prob).isfinite().all():
-                return f"site {name!r} of the {program} has a log-probability that is not finite"
+            for what, tensor in (
+                ("drew a value", value),
+                ("has a log-probability", torch.as_tensor(log_prob)),
+            ):
+                bad = ~tensor.isfinite()
+                if bad.any():
+                    why = _bad_argument(site["fn"])
+                    datum = _datum(bad, places, len(x))
+                    return f"site {name!r} of the {program} {what} that is not finite{why}{datum}"
     return None
+
+
+def broken_gradient(
+    pair: Autoencoder, objective: Any, x: Tensor, places: Tensor | None, names: list[str]
+) -> str:
+    """Say which gradients are not finite, next to the loss first, and which datum makes them so.
+
+    Each datum is looked at alone, with noise of its own, so the search may find none.
+    """
+    order = ("factor", "decoder", "encoder", "corruption", "prior")  # back from the loss
+    names = sorted(names, key=lambda name: [*order, name.split(".")[0]].index(name.split(".")[0]))
+    if not names:
+        return "the gradients of single processes overflow in their sum"
+    text = f"the gradient of parameter {names[0]} is not finite{_site_of(names[0])}"
+    state = [buffer.clone() for buffer in pair.buffers()]
+    parameters = [p for p in pair.parameters() if p.requires_grad]
+    found = None
+    for row in range(len(x)):
+        datum = x[row : row + 1].repeat_interleave(2, 0)  # two, for the sake of a batch norm
+        try:
+            loss = objective.differentiable_loss(pair.model, pair.guide, datum)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except (RuntimeError, ValueError):
+            continue
+        if not all(g.isfinite().all() for g in gradients if g is not None):
+            found = row
+            break
+    with torch.no_grad():
+        for buffer, before in zip(pair.buffers(), state, strict=True):
+            buffer.copy_(before)
+    return text if found is None else text + _named(found, places)
+
+
+def _bad_argument(distribution: Any) -> str:
+    """Name the argument of a distribution that is not one, such as a scale of 0."""
+    base = base_distribution(distribution)
+    for name, constraint in getattr(base, "arg_constraints", {}).items():
+        value = vars(base).get(name)
+        if not isinstance(value, Tensor):
+            continue
+        if not value.isfinite().all():
+            return f" (its {name} is not)"
+        if not constraint.check(value).all():
+            return f" (its {name} is not in {constraint})"
+    return ""
+
+
+def _datum(bad: Tensor, places: Tensor | None, rows: int | None = None) -> str:
+    """Name the first datum at which something is bad; nothing where the shape tells of no datum."""
+    if bad.dim() == 0 or len(bad) != (len(bad) if rows is None else rows):
+        return ""
+    return _named(
+        int(bad.flatten(1).any(1).nonzero()[0]) if bad.dim() > 1 else int(bad.nonzero()[0]), places
+    )
+
+
+def _named(row: int, places: Tensor | None) -> str:
+    return f", at row {row} of the batch" if places is None else f", at datum {int(places[row])}"
 
 
 def _site_of(parameter: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv_transpose2d, linear, normalize
 
-from .part import Part, Shape, as_shape, as_widths, numel
+from .part import Part, Shape, as_shape, as_widths, numel, require_flag
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -65,9 +65,11 @@ class MLP(Part):
         self.out_shape = as_shape(out_shape, "out_shape")
         widths = [numel(self.in_shape), *as_widths(hidden, "hidden"), numel(self.out_shape)]
         _activation(activation)  # an unknown name is an error without a hidden layer, too
-        self.out_activation = None if out_activation is None else _activation(out_activation)
+        self.out_activation = (
+            None if out_activation is None else _activation(out_activation, "out_activation")
+        )
         layers: list[nn.Module] = []
-        layer = UnitNormLinear if unit_norm else nn.Linear
+        layer = UnitNormLinear if require_flag(unit_norm, "unit_norm") else nn.Linear
         for width_in, width_out in pairwise(widths):
             layers += [_glorot(layer(width_in, width_out)), _activation(activation)]
         self.layers = nn.Sequential(*layers[:-1])
@@ -287,6 +289,7 @@ class DeconvNet(Part):
         image = (numel(tuple(parameters)) * c, h, w)
         sizes = _sizes(image, as_shape(channels, "channels")[::-1])[::-1]
         self.dense = MLP(in_shape, sizes[0], hidden, activation, unit_norm=unit_norm)
+        require_flag(unit_norm, "unit_norm")
         convolution = UnitNormConvTranspose2d if unit_norm else nn.ConvTranspose2d
         layers: list[nn.Module] = []
         for (c_in, h_in, w_in), (c_out, h_out, w_out) in pairwise(sizes):
@@ -341,9 +344,9 @@ def network_from_code(
     return MLP(z_dim, out_shape, widths, activation, unit_norm=unit_norm)
 
 
-def _activation(name: str) -> nn.Module:
+def _activation(name: str, argument: str = "activation") -> nn.Module:
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+        raise ValueError(f"{argument} must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return ACTIVATIONS[name]()
 
 

@@ -21,7 +21,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .distributions import is_point
-from .part import as_number, require_count
+from .part import as_number, require_count, require_flag
 from .terms import Program, Site, elbo_terms, log_prob_of, sum_terms, trace_pair
 
 
@@ -40,6 +40,15 @@ class LinearWarmup:
     epochs: float
     start: float = 0.0
     end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(as_number(self.epochs)):
+            raise ValueError(
+                f"epochs of a warm-up must be a finite number > 0, got {self.epochs!r}"
+            )
+        for name in ("start", "end"):
+            if not math.isfinite(as_number(getattr(self, name))):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
 
     def __call__(self, epoch: float) -> float:
         """Return the weight at ``epoch``, which may be fractional; ``epochs`` must be > 0."""
@@ -128,7 +137,7 @@ class ELBO(PerDatumObjective):
         super().__init__(num_particles)
         self.schedule = beta if callable(beta) else None
         self.constant_beta = None if callable(beta) else as_number(beta)
-        self.analytic_kl = analytic_kl
+        self.analytic_kl = require_flag(analytic_kl, "analytic_kl")
         self.warmup_epochs = float(getattr(beta, "epochs", 0.0))
         start, end = self.beta if self.schedule is None else self.schedule(0.0), self.beta
         if self.schedule is None and not 0 <= end < math.inf:
@@ -198,7 +207,7 @@ class IWAE(PerDatumObjective):
 
     def __init__(self, num_particles: int = 5, dreg: bool = False) -> None:
         super().__init__(num_particles)
-        self.dreg = dreg
+        self.dreg = require_flag(dreg, "dreg")
 
     def per_datum_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any

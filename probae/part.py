@@ -9,9 +9,13 @@ from contextvars import ContextVar
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 Shape = int | Sequence[int]
+
+MOST = 2**31  # that is counted, and of one dimension of a tensor
 
 # whether operations are being recorded as a graph, so that no value can be looked at
 RECORDING: ContextVar[bool] = ContextVar("probae_recording", default=False)
@@ -57,21 +61,32 @@ class Part(nn.Module):
 
 def as_shape(value: Shape, argument: str) -> tuple[int, ...]:
     """Return ``value`` as a tuple of positive ints, or raise a ValueError naming ``argument``."""
-    shape = tuple(value) if isinstance(value, Iterable) else (value,)
+    given = None if isinstance(value, Tensor) else listed(value)
+    shape = tuple(given) if isinstance(given, Iterable) else (given,)
     if not shape or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in shape):
         raise ValueError(
             f"{argument} must be a positive int or a non-empty tuple of them, got {value!r}"
         )
     if min(shape) < 1:
         raise ValueError(f"{argument} must have positive entries only, got {value!r}")
+    if max(shape) > MOST:
+        raise ValueError(f"{argument} must have entries that fit into memory, got {value!r}")
     return tuple(int(n) for n in shape)
 
 
 def as_widths(value: Shape, argument: str) -> tuple[int, ...]:
     """Return layer widths as a tuple of positive ints; the empty tuple means no hidden layer."""
-    if isinstance(value, Sized) and len(value) == 0:
+    if isinstance(value, Sized) and not isinstance(value, Tensor | np.ndarray) and len(value) == 0:
         return ()
     return as_shape(value, argument)
+
+
+def listed(value: Any) -> Any:
+    """Return the numbers of an array or a tensor as Python's own; of one without numbers, None."""
+    if isinstance(value, Tensor):
+        dense = value.layout == torch.strided and not value.is_meta
+        return value.tolist() if dense else None
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def numel(shape: tuple[int, ...]) -> int:
@@ -105,6 +120,8 @@ def require_count(value: int, argument: str, least: int = 1) -> int:
     """Return ``value`` as an int if it is a whole number >= ``least``, or raise a ValueError."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{argument} must be an int >= {least}, got {value!r}")
+    if value > MOST:
+        raise ValueError(f"{argument} must be an int that a computer can count to, got {value!r}")
     return int(value)
 
 
@@ -117,4 +134,16 @@ def require_flag(value: bool, argument: str) -> bool:
     """Return ``value`` if it is True or False, or raise a ValueError."""
     if not isinstance(value, bool):
         raise ValueError(f"{argument} must be True or False, got {value!r}")
+    return value
+
+
+def require_parameter(value: Tensor, argument: str) -> Tensor:
+    """Return ``value`` if it is a dense floating-point tensor, or raise a ValueError."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{argument} must be a floating-point tensor, got {found}")
+    if value.is_meta or value.layout != torch.strided:
+        raise ValueError(
+            f"{argument} must be dense and hold numbers, got {value.layout} on '{value.device}'"
+        )
     return value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .datasets import as_tensor
-from .part import as_number
+from .part import as_number, listed
 
 BLOCK = 1024  # data and samples of one block of distances; two such blocks fit in cache
 
@@ -194,6 +194,8 @@ def _log_density(samples: Tensor, x: Tensor, bandwidths: Tensor) -> Tensor:
 def _data(x: Any, argument: str) -> Tensor:
     """Return data as a tensor (N, *x_shape)."""
     data = as_tensor(x, argument).detach()
+    if data.abs().max() > 1e150:
+        raise ValueError(f"{argument} must be below 1e150, or squares overflow; scale the data")
     if data.dim() < 2:
         raise ValueError(
             f"{argument} must have shape (N, *x_shape), got {tuple(data.shape)}; add a dimension "
@@ -217,7 +219,7 @@ def _bandwidths(bandwidths: Any) -> Tensor:
     """Return σ to choose from, (B,), in double."""
     if bandwidths is None:
         return torch.logspace(-1, 0, 10, dtype=torch.float64)
-    given = bandwidths.tolist() if hasattr(bandwidths, "tolist") else bandwidths
+    given = listed(bandwidths)
     values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
     if not values or not all(0 < as_number(value) < math.inf for value in values):
         raise ValueError(

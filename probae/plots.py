@@ -1,62 +1,106 @@
-"""Pictures of a run and of a pair, as :class:`matplotlib.figure.Figure` objects.
+"""Pictures of a run, a pair and its evaluation, drawn with matplotlib.
 
-No figure here is known to pyplot: nothing pops up, no backend is chosen, nothing has to be closed.
-Show one in a notebook by its name, write it with ``figure.savefig("name.png")``.
+Every function takes ``ax`` and returns the Axes that it drew in; those with several panels take and
+return ``axes``, an array of them. ``ax.figure`` is the picture: ``ax.figure.savefig("name.png")``.
+
+Without ``ax`` they make a figure of their own. In a notebook, and wherever pyplot is interactive,
+that figure is pyplot's and shown as any other. In a script pyplot does not know of it: nothing pops
+up and nothing has to be closed. For ``plt.show()`` there, pass axes of ``plt.subplots()``.
 """
 
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .autoencoder import Autoencoder, Kind, frozen
-from .calibration import CalibrationRanks, Coverage
+from .checks import require_pair
+from .code_plots import code_histogram, dictionary, latent_scatter
+from .drawing import (
+    as_images,
+    checked_data,
+    decoder_mean,
+    given_axes,
+    is_image,
+    mosaic,
+    name_columns,
+    name_rows,
+    new_figure,
+    one_axes,
+    require_images,
+    set_title,
+    square,
+    wrap,
+)
+from .evaluation_plots import calibration_ranks, coverage, likelihoods
 from .latent import traverse
 from .part import require_count
-from .sampling import reconstruct, sample
+from .sampling import reconstruct, sample, score
+from .tangents import tangent_basis
 from .training import Run
 
-DPI = 150
-MOST_PANELS = 9  # of ranks, before they are drawn as lines in one
+__all__ = [
+    "calibration_ranks",
+    "code_histogram",
+    "coverage",
+    "dictionary",
+    "is_image",
+    "latent_scatter",
+    "likelihoods",
+    "loss_curve",
+    "reconstructions",
+    "samples",
+    "score_field",
+    "tangent_planes",
+    "traversals",
+]
+
 MOST_ROWS = 10  # of a traversal whose dimensions were not given
 NEEDED = ("epoch", "loss", "reconstruction", "kl", "active_units", "beta")
+POINTS = "0.45"  # grey of data under lines
 
 
 def loss_curve(
-    run_or_history: Run | Mapping[str, Sequence[float]], *, title: str | None = None
-) -> Figure:
+    run_or_history: Run | Mapping[str, Sequence[float]],
+    *,
+    title: str | None = None,
+    axes: Any = None,
+) -> np.ndarray:
     """Draw what happened over the epochs: loss, its two terms, and the units in use.
 
     Args:
         run_or_history: what :func:`probae.fit` returned, or its ``history``, which says nothing of
             the best epoch; that is then not marked.
         title: above the panels, for instance the names of the model and the data.
+        axes: three Axes to draw in; default: those of a new figure.
 
     Returns:
-        Figure: three panels; losses in nats per datum.
+        array: the Axes of three panels, (3,): loss, terms and active units; losses in nats per
+        datum.
 
     Raises:
-        ValueError: no epochs, or a column of the history is missing.
+        ValueError: no epochs, a column of the history is missing, or ``axes`` are not three.
 
     Example:
         >>> import torch, probae
         >>> from probae.plots import loss_curve
         >>> x = torch.rand(256, 8).round()
         >>> run = probae.fit(probae.VAE(8, 2), x, epochs=3, progress=False)
-        >>> len(loss_curve(run).axes)
-        3
+        >>> losses, terms, units = loss_curve(run)
+        >>> losses.get_ylabel()
+        'loss (nats per datum)'
     """
     run = run_or_history if isinstance(run_or_history, Run) else None
     history = run_or_history.history if isinstance(run_or_history, Run) else run_or_history
+    if not isinstance(history, Mapping):
+        history = {}
     missing = [name for name in NEEDED if not len(history.get(name, ()))]
     if missing:
         raise ValueError(
@@ -65,14 +109,22 @@ def loss_curve(
         )
     epochs, has_val = history["epoch"], "val_loss" in history
     monitored = "validation" if has_val else "training"
-    figure = Figure(figsize=(12, 4), dpi=DPI, layout="constrained")
-    losses, terms, units = figure.subplots(1, 3)
+    if axes is None:
+        figure = new_figure(12, 4)
+        panels = figure.subplots(1, 3)
+        if title:
+            figure.suptitle(title, parse_math=False)
+    else:
+        panels = given_axes(axes, 3, "for loss, terms and active units")
+    losses, terms, units = panels
     one = {"marker": "o"} if len(epochs) == 1 else {}
 
     losses.set_title(_loss_name(run, history["beta"][-1]))
     losses.plot(epochs, history["loss"], color="C0", label=f"training{_beta(history)}", **one)
     if has_val:
-        losses.plot(epochs, history["val_loss"], color="C1", label="validation", **one)
+        losses.plot(
+            epochs, history["val_loss"], color="C1", linestyle="--", label="validation", **one
+        )
     losses.set_ylabel("loss (nats per datum)")
 
     bound = run is None or not run.bound_on.startswith("nothing")
@@ -81,7 +133,7 @@ def loss_curve(
     of_x, of_z = _term_labels(run)
     terms.plot(epochs, distortion, color="C2", label=of_x, **one)
     if any(history["kl"]):  # a flat prior has no such term
-        terms.plot(epochs, history["kl"], color="C3", label=of_z, **one)
+        terms.plot(epochs, history["kl"], color="C3", linestyle="--", label=of_z, **one)
     terms.set_ylabel("nats per datum")
 
     units.set_title(f"active units, on {monitored} data")
@@ -91,21 +143,21 @@ def loss_curve(
     units.set_ylim(-0.05 * most, 1.05 * most)
     units.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
-    for axes in (losses, terms, units):
-        axes.set_title(axes.get_title(), fontsize="medium")
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.grid(alpha=0.3)
+    for ax in panels:
+        ax.set_title(ax.get_title(), fontsize="medium")
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        ax.grid(alpha=0.3)
         if len(epochs) == 1:
-            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+            ax.set_xlim(epochs[0] - 1, epochs[0] + 1)
         if run is not None and run.best_epoch >= 1:
-            label = f"parameters kept: epoch {run.best_epoch}" if axes is losses else None
-            axes.axvline(run.best_epoch, color="0.3", linestyle="--", linewidth=1, label=label)
-    for axes in (losses, terms):
-        axes.legend(fontsize="small")
-    if title:
-        figure.suptitle(title, parse_math=False)
-    return figure
+            label = f"parameters kept: epoch {run.best_epoch}" if ax is losses else None
+            ax.axvline(run.best_epoch, color="0.3", linestyle=":", linewidth=1, label=label)
+    for ax in (losses, terms):
+        ax.legend(fontsize="small")
+    if title and axes is not None:
+        losses.set_title(f"{title}\n{losses.get_title()}", fontsize="medium")
+    return panels
 
 
 def reconstructions(
@@ -115,7 +167,8 @@ def reconstructions(
     *,
     title: str | None = None,
     limits: tuple[float, float] = (0.0, 1.0),
-) -> Figure:
+    ax: Axes | None = None,
+) -> Axes:
     """Draw images above their reconstructions, the decoder's mean at the mean code.
 
     Args:
@@ -124,33 +177,32 @@ def reconstructions(
         columns: most images to show.
         title: above the picture; default: the name of the pair's class.
         limits: values of x that are drawn black and white.
+        ax: the Axes to draw in; default: those of a new figure.
 
     Returns:
-        Figure: two rows of images.
+        Axes: two rows of images.
 
     Raises:
         ValueError: the data are no images, bad data as in :func:`probae.reconstruct`, ``columns``
-            < 1, or a decoder without a mean.
+            < 1, a decoder without a mean, or ``ax`` is no Axes.
 
     Example:
         >>> import torch, probae
         >>> from probae.plots import reconstructions
-        >>> figure = reconstructions(probae.VAE((1, 8, 8), 2), torch.rand(16, 1, 8, 8))
-        >>> len(figure.axes)
-        1
+        >>> ax = reconstructions(probae.VAE((1, 8, 8), 2), torch.rand(16, 1, 8, 8))
+        >>> len(ax.get_yticklabels())
+        2
     """
-    _require_images(pair)
+    require_images(pair)
     require_count(columns, "columns")
     shown = pair.check_input(x)[:columns]
-    rows = np.stack([_images(shown), _images(_mean(reconstruct(pair, shown)))])
+    grid = np.stack([as_images(shown), as_images(decoder_mean(reconstruct(pair, shown)))])
     if title is None:
         title = f"{type(pair).__name__}: data and reconstructions"
-    inches = max(1.0, 0.9 * len(shown))
-    figure, axes = _mosaic(rows, limits, title, inches, margin=1.4)
-    height, gap = rows.shape[2], _gap(rows)
-    axes.set_yticks([(height - 1) / 2, height + gap + (height - 1) / 2])
-    axes.set_yticklabels(["data", "reconstruction\n(decoder mean)"])
-    return figure
+    inches = max(1.5, 0.9 * len(shown))
+    ax = mosaic(ax, grid, limits, title, inches, margin=1.7)
+    name_rows(ax, grid, ["data", "reconstruction\n(decoder mean)"])
+    return ax
 
 
 def samples(
@@ -161,7 +213,8 @@ def samples(
     *,
     title: str | None = None,
     limits: tuple[float, float] = (0.0, 1.0),
-) -> Figure:
+    ax: Axes | None = None,
+) -> Axes:
     r"""Draw a grid of images from the model: :math:`z \sim p(z)`, then the decoder's mean.
 
     Args:
@@ -171,38 +224,34 @@ def samples(
         seed: of the draws; None draws from torch's global stream.
         title: above the picture; default: the name of the pair's class, and what is shown.
         limits: values of x that are drawn black and white.
+        ax: the Axes to draw in; default: those of a new figure.
 
     Returns:
-        Figure: one grid, as nearly square as may be.
+        Axes: one grid, as nearly square as may be.
 
     Raises:
-        ValueError: the data are no images, ``num_samples`` < 1, a flat prior, or a decoder without
-            a mean.
+        ValueError: the data are no images, ``num_samples`` < 1, a flat prior, a decoder without a
+            mean, or ``ax`` is no Axes.
 
     Example:
         >>> import probae
         >>> from probae.plots import samples
-        >>> len(samples(probae.VAE((1, 8, 8), 2), num_samples=9).axes)
-        1
+        >>> ax = samples(probae.VAE((1, 8, 8), 2), num_samples=4)
+        >>> ax.images[0].get_array().shape  # two by two, and white between them
+        (17, 17)
     """
-    _require_images(pair)
+    require_images(pair)
     x, z = sample(pair, num_samples, seed=seed)
     if mean:
         with frozen(pair, seed=0):
-            x = _mean(pair.decoder(z))
-    images = _images(x)
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    blank = np.full((rows * columns - len(images), *images.shape[1:]), np.nan)
-    grid = np.concatenate([images, blank]).reshape(rows, columns, *images.shape[1:])
+            x = decoder_mean(pair.decoder(z))
+    grid = square(as_images(x))
     if title is None:
         what = "decoder means at" if mean else "draws from the decoder at"
         count = f"{num_samples} samples" if num_samples > 1 else "one sample"
         title = f"{type(pair).__name__}: {what} {count} of the prior"
-    inches = min(max(0.75 * columns, 3.0), 24.0)
-    figure, axes = _mosaic(grid, limits, title, inches, margin=0.2)
-    axes.set_yticks([])
-    return figure
+    inches = min(max(0.75 * grid.shape[1], 3.0), 24.0)
+    return mosaic(ax, grid, limits, title, inches, margin=0.2)
 
 
 def traversals(
@@ -215,7 +264,8 @@ def traversals(
     space: str = "z",
     title: str | None = None,
     limits: tuple[float, float] = (0.0, 1.0),
-) -> Figure:
+    ax: Axes | None = None,
+) -> Axes:
     """Draw what the decoder makes of a code one of whose coordinates varies, a row for each.
 
     Args:
@@ -227,29 +277,31 @@ def traversals(
         space: what ``start`` is, ``"z"`` or ``"x"``.
         title: above the picture; default: the name of the pair's class, and what is shown.
         limits: values of x that are drawn black and white.
+        ax: the Axes to draw in; default: those of a new figure.
 
     Returns:
-        Figure: decoder means, one row a dimension, one column a value.
+        Axes: decoder means, one row a dimension, one column a value.
 
     Raises:
-        ValueError: the data are no images, a decoder without a mean, or arguments that
-            :func:`probae.traverse` refuses.
+        ValueError: the data are no images, a decoder without a mean, arguments that
+            :func:`probae.traverse` refuses, or ``ax`` is no Axes.
 
     Example:
         >>> import probae
         >>> from probae.plots import traversals
-        >>> len(traversals(probae.VAE((1, 8, 8), 3), num_steps=5).axes)
-        1
+        >>> ax = traversals(probae.VAE((1, 8, 8), 3), num_steps=5)
+        >>> len(ax.get_yticklabels()), len(ax.get_xticklabels())
+        (3, 5)
     """
-    _require_images(pair)
+    require_images(pair)
     size = math.prod(pair.z_shape)
     first = dimensions is None and size > MOST_ROWS
     if first:
         dimensions = range(MOST_ROWS)
     walk = traverse(pair, start, dimensions, values, num_steps=num_steps, space=space)
     with frozen(pair, seed=0):
-        means = _mean(walk.x)  # (D, S, *x_shape)
-    images = _images(means.flatten(0, 1))
+        means = decoder_mean(walk.x)  # (D, S, *x_shape)
+    images = as_images(means.flatten(0, 1))
     grid = images.reshape(*walk.values.shape, *images.shape[1:])
     if title is None:
         where = "the mean of the prior" if start is None else "a code"
@@ -257,310 +309,237 @@ def traversals(
         rest = f" (the first {MOST_ROWS} of {size} coordinates)" if first else ""
         title = f"{type(pair).__name__}: decoder means, one coordinate varied around {where}{rest}"
     inches = min(max(0.75 * grid.shape[1], 3.0), 24.0)
-    figure, axes = _mosaic(grid, limits, title, inches, margin=0.6)
-    figure.set_figheight(figure.get_figheight() + 0.75)  # names of the columns, and their title
-    height, width, gap = grid.shape[2], grid.shape[3], _gap(grid)
+    ax = mosaic(ax, grid, limits, title, inches, margin=0.6, below=0.75)
     places = range(size) if dimensions is None else dimensions
-    axes.set_yticks([d * (height + gap) + (height - 1) / 2 for d in range(len(grid))])
-    axes.set_yticklabels([f"z[{place}]" for place in places])
-    axes.set_xlabel("value of the coordinate")
+    name_rows(ax, grid, [f"z[{place}]" for place in places])
+    ax.set_xlabel("value of the coordinate")
     shown = walk.values.cpu().double()
     if bool((shown == shown[:1]).all()):
-        axes.set_xticks([s * (width + gap) + (width - 1) / 2 for s in range(grid.shape[1])])
-        axes.set_xticklabels([f"{value:.3g}" for value in shown[0].tolist()])
+        name_columns(ax, grid, [f"{value:.3g}" for value in shown[0].tolist()])
     else:
         what = "low to high quantiles of its prior" if values is None else "as given for each row"
-        axes.set_xlabel(f"value of the coordinate: {what}")
-    return figure
+        ax.set_xlabel(wrap(ax, f"value of the coordinate: {what}"))
+    return ax
 
 
-def calibration_ranks(
-    ranks: CalibrationRanks, bins: int | None = None, *, title: str | None = None
-) -> Figure:
-    """Draw the ranks of simulation-based calibration against what uniform ones would be.
+def score_field(
+    pair: Autoencoder,
+    x: Tensor | Any | None = None,
+    limits: Any = None,
+    *,
+    num: int = 20,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    r"""Draw the score that a denoising autoencoder has learned in the plane, as arrows.
 
-    Up to nine quantities have a histogram each, with the band that holds 99 of 100 bins under
-    uniform ranks. More are drawn as lines, the distribution function of the ranks less the uniform
-    one, with the band that 99 of 100 uniform lines never leave; names are given to those that the
-    chi-square test finds uneven (p < 0.01 after Bonferroni's correction).
+    .. math:: s(x) = \frac{r(x) - x}{\sigma^2} \approx \nabla \log p_\sigma(x)
 
-    Args:
-        ranks: what :func:`probae.simulation_based_calibration` returned.
-        bins: of the histograms; default: as for the p-values.
-        title: above the panels, for instance the names of the model and the data.
-
-    Returns:
-        Figure: one panel a quantity, or one for all.
-
-    Raises:
-        ValueError: ``ranks`` is something else, or ``bins`` is no count of at most L + 1.
-
-    Reference:
-        Talts et al., Validating Bayesian inference algorithms with simulation-based calibration,
-        2018; Säilynoja, Bürkner & Vehtari, Graphical test for discrete uniformity and its
-        applications in goodness-of-fit evaluation and multiple sample comparison, 2022.
-
-    Example:
-        >>> import probae
-        >>> from probae.plots import calibration_ranks
-        >>> ranks = probae.simulation_based_calibration(probae.PPCA(5, 2), 200)
-        >>> len(calibration_ranks(ranks).axes)
-        3
-    """
-    if not isinstance(ranks, CalibrationRanks):
-        raise ValueError(
-            "ranks must be what probae.simulation_based_calibration returned, got "
-            f"{type(ranks).__name__}"
-        )
-    ranks.expected(bins)  # refuses bad bins
-    total = len(ranks.names)
-    if title is None:
-        title = (
-            f"Ranks of {len(ranks.ranks)} simulated codes among {ranks.num_draws} draws from the "
-            f"encoder: p = {ranks.p_value:.2g} for {total} quantities together"
-        )
-    if total <= MOST_PANELS:
-        return _rank_histograms(ranks, bins, title)
-    return _rank_lines(ranks, title)
-
-
-def coverage(coverage: Coverage, *, title: str | None = None) -> Figure:
-    """Draw the coverage of credible regions of the encoder against their nominal level.
+    of :func:`probae.score`. Arrows point uphill, their shade is the length of s. They are as long
+    as the grid allows where s is long, and shorter in proportion where it is short.
 
     Args:
-        coverage: what :func:`probae.expected_coverage` returned.
-        title: above the picture, for instance the names of the model and the data.
+        pair: a denoising autoencoder on data (2,), with Gaussian noise and likelihood.
+        x: data (N, 2) to draw under the arrows.
+        limits: (low, high) of both coordinates, or ((low, high), (low, high)); default: the range
+            of x and a tenth more on each side, or (-3, 3) without.
+        num: arrows along each coordinate.
+        title: above the picture; default: the name of the pair's class, and what is shown.
+        ax: the Axes to draw in; default: those of a new figure.
 
     Returns:
-        Figure: coverage with two standard errors on either side, and the diagonal, where it is
-        nominal.
+        Axes: ``num`` x ``num`` arrows and a scale of their lengths, nats per unit of x.
 
     Raises:
-        ValueError: ``coverage`` is something else.
+        ValueError: data that are no points in the plane, a pair that :func:`probae.score` refuses,
+            limits that do not increase, ``num`` < 2, or ``ax`` is no Axes.
 
     Reference:
-        Hermans et al., A trust crisis in simulation-based inference? Your posterior approximations
-        can be unfaithful, 2022.
+        Alain & Bengio, What regularized auto-encoders learn from the data-generating distribution,
+        2014, figure 4.
 
     Example:
-        >>> import probae
-        >>> from probae.plots import coverage
-        >>> len(coverage(probae.expected_coverage(probae.PPCA(5, 2), 200)).axes)
-        1
+        >>> import torch, probae
+        >>> from probae.plots import score_field
+        >>> ax = score_field(probae.DenoisingAutoencoder(2, 8), torch.randn(50, 2))
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('x[0]', 'x[1]')
     """
-    if not isinstance(coverage, Coverage):
-        raise ValueError(
-            "coverage must be what probae.expected_coverage returned, got "
-            f"{type(coverage).__name__}"
+    _require_plane(pair)
+    num = require_count(num, "num", least=2)
+    data = None if x is None else checked_data(pair, x).cpu().double()
+    low, high = _window(data, limits)
+    lines = [torch.linspace(a, b, num, dtype=torch.float64) for a, b in zip(low, high, strict=True)]
+    grid = torch.cartesian_prod(*lines)  # (num², 2)
+    slope = score(pair, grid.to(pair.dtype)).cpu().double()
+    length = slope.norm(dim=1)
+    ax = one_axes(ax, 6.4, 5.6)
+    if data is not None:
+        ax.scatter(
+            data[:, 0].numpy(), data[:, 1].numpy(), s=6, color=POINTS, linewidths=0, alpha=0.5
         )
-    order = coverage.levels.argsort()
-    levels, share, error = (
-        column[order].cpu().numpy()
-        for column in (coverage.levels, coverage.coverage, coverage.std_error)
+    reach = min((b - a) / (num - 1) for a, b in zip(low, high, strict=True))
+    long = length.quantile(0.8).clamp(min=1e-300)
+    arrows = (
+        slope
+        / length.clamp(min=1e-300)[:, None]
+        * (0.9 * reach * (length / long).clamp(max=1))[:, None]
     )
-    figure = Figure(figsize=(5.5, 5.8), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1, label="nominal")
-    axes.fill_between(
-        levels,
-        share - 2 * error,
-        share + 2 * error,
-        color="C0",
-        alpha=0.3,
-        linewidth=0,
-        label="± 2 standard errors",
+    shown = ax.quiver(
+        *grid.T.numpy(),
+        *arrows.T.numpy(),
+        length.numpy(),
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        width=0.0035,
+        cmap="viridis_r",
+        pivot="mid",
     )
-    count = len(coverage.credibility)
-    axes.plot(levels, share, color="C0", marker="o", markersize=3, label=f"{count} simulations")
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes.set_xlabel(
-        "nominal level of the region of highest density\n"
-        "curve above the diagonal: encoder too wide; below: too narrow, or off"
-    )
-    axes.set_ylabel("share of simulated codes inside")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper left")
+    ax.figure.colorbar(shown, ax=ax, label="length of the score (nats per unit of x)")
+    edge = 0.5 * reach
+    ax.set_xlim(low[0] - edge, high[0] + edge)
+    ax.set_ylim(low[1] - edge, high[1] + edge)
+    ax.set_aspect("equal")
+    ax.set(xlabel="x[0]", ylabel="x[1]")
     if title is None:
-        title = f"Coverage of the encoder: p = {coverage.p_value:.2g}"
-    _set_title(figure, title)
-    return figure
+        title = f"{type(pair).__name__}: learned score at {pair.corruption!r}"
+    set_title(ax, title)
+    return ax
 
 
-def _rank_histograms(ranks: CalibrationRanks, bins: int | None, title: str) -> Figure:
-    """One panel a quantity: counts, and the central 99 % of each bin's binomial law."""
-    counts, expected = ranks.histogram(bins).cpu().numpy(), ranks.expected(bins).cpu().numpy()
-    size, ends = len(expected), ranks.num_draws + 1
-    edges = -(-np.arange(size + 1) * ends // size) - 0.5  # a rank is at the middle of its own unit
-    low, high = _binomial_band(len(ranks.ranks), expected / len(ranks.ranks))
-    columns = min(len(counts), 3)
-    rows = math.ceil(len(counts) / columns)
-    figure = Figure(figsize=(max(4 * columns, 5), 2.6 * rows + 1.4), dpi=DPI, layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, name, row, p in zip(
-        grid.flat, ranks.names, counts, ranks.p_values.tolist(), strict=False
-    ):
-        axes.stairs(row, edges, fill=True, color="0.6", label="simulations")
-        axes.stairs(
-            high,
-            edges,
-            baseline=low,
-            fill=True,
-            color="C0",
-            alpha=0.35,
-            label="99 % of bins, were ranks uniform",
+def tangent_planes(
+    pair: Autoencoder,
+    x: Tensor | Any,
+    *,
+    num_points: int | None = None,
+    num_directions: int = 5,
+    of: str = "reconstruction",
+    title: str | None = None,
+    limits: tuple[float, float] = (0.0, 1.0),
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the directions in which reconstructions follow the data.
+
+    They are those of :func:`probae.tangent_basis`.
+
+    Points in the plane get a line along their first direction each. Images stand at the left of a
+    row, beside their first directions, each in units of its largest entry: grey is zero, and adding
+    a little of such an image, or taking it away, stays on the manifold.
+
+    Args:
+        pair: a pair on points (2,), or on images of ``x_shape`` (1, H, W), (H, W) or (3, H, W).
+        x: data (N, *x_shape).
+        num_points: most data with lines or rows, spread evenly over x; default: 60 lines, 6 rows.
+        num_directions: most directions of an image to show.
+        of: whose directions, ``"reconstruction"`` or ``"encoder"``; see
+            :func:`probae.tangent_basis`.
+        title: above the picture; default: the name of the pair's class, and what is shown.
+        limits: values of an image that are drawn black and white.
+        ax: the Axes to draw in; default: those of a new figure.
+
+    Returns:
+        Axes: data and lines, or rows of images.
+
+    Raises:
+        ValueError: data that are neither points in the plane nor images, bad data, counts < 1, a
+            pair that :func:`probae.tangent_basis` refuses, or ``ax`` is no Axes.
+
+    Reference:
+        Rifai et al., The manifold tangent classifier, 2011.
+
+    Example:
+        >>> import torch, probae
+        >>> from probae.plots import tangent_planes
+        >>> pair = probae.ContractiveAutoencoder((1, 8, 8), 5)
+        >>> ax = tangent_planes(pair, torch.rand(3, 1, 8, 8), num_directions=2)
+        >>> [label.get_text() for label in ax.get_xticklabels()]
+        ['datum', '1st', '2nd']
+    """
+    require_pair(pair)
+    plane = pair.x_shape == (2,)
+    if not plane and not is_image(pair.x_shape):
+        raise ValueError(
+            "pair must be on points of x_shape (2,), or on images (1, H, W), (H, W) or (3, H, W), "
+            f"got {pair.x_shape}; for other data look at the numbers of probae.tangent_basis"
         )
-        axes.stairs(expected, edges, baseline=None, color="C0", linestyle="--", label="expected")
-        axes.set_title(f"{name}: p = {p:.2g}", fontsize="medium", parse_math=False)
-        axes.set_xlim(edges[0], edges[-1])
-    for axes in grid.flat[len(counts) :]:
-        axes.set_visible(False)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("simulations in a bin")
-    for column in range(columns):
-        lowest = [axes for axes in grid[:, column] if axes.get_visible()][-1]
-        lowest.set_xlabel(f"rank among {ranks.num_draws} draws")
-        lowest.tick_params(labelbottom=True)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    reading = textwrap.fill(_READING, int(11 * figure.get_figwidth()))
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=3,
-        fontsize="small",
-        frameon=False,
-        title=reading,
-        title_fontsize="small",
-    )
-    _set_title(figure, title)
-    return figure
-
-
-_READING = (
-    "a coordinate high at both ends: encoder too narrow; in the middle: too wide; at one end: off "
-    "to the other side. log p(x|z) high at the right: draws of the encoder fit x worse than the "
-    "true code does"
-)
-
-
-def _rank_lines(ranks: CalibrationRanks, title: str) -> Figure:
-    """One panel for all quantities: distribution functions of the ranks, less the uniform one."""
-    total, ends = len(ranks.ranks), ranks.num_draws + 1
-    uniform = np.arange(1, ends) / ends
-    ticks = np.concatenate([[0], uniform, [1]])  # all lines begin and end at 0
-    tables = ranks.histogram(ends).cpu().double().numpy()  # (Q, L + 1)
-    lines = tables.cumsum(1)[:, :-1] / total - uniform
-    spread = np.sqrt(uniform * (1 - uniform) / total)
-    draws = np.random.default_rng(0).multinomial(total, np.full(ends, 1 / ends), size=20_000)
-    far = np.abs(draws.cumsum(1)[:, :-1] / total - uniform) / spread
-    limit = np.quantile(far.max(1), 1 - 0.01 / len(lines))
-    worth = (np.abs(lines) / spread).max(1)  # how far each line goes out, in units of the band's
-    band = np.pad(limit * spread, 1)
-    lines = np.pad(lines, ((0, 0), (1, 1)))
-    figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    axes.fill_between(
-        ticks, -band, band, color="C0", alpha=0.25, linewidth=0, label="99 % band for all lines"
-    )
-    worst = [int(q) for q in (-worth).argsort()[:8] if worth[q] > limit]
-    rest = [q for q in range(len(lines)) if q not in worst]
-    for q in rest:
-        label = f"{'the other ' if worst else ''}{len(rest)} quantities" if q == rest[0] else None
-        axes.plot(ticks, lines[q], color="0.55", linewidth=0.7, label=label)
-    for place, q in enumerate(worst):
-        style = ("-", "--", "-.", ":")[place % 4]
-        axes.plot(ticks, lines[q], color=f"C{place + 1}", linestyle=style, label=ranks.names[q])
-    axes.axhline(0, color="0.2", linewidth=0.8)
-    axes.set_xlim(0, 1)
-    axes.set_xlabel(f"share of the {ranks.num_draws} draws below the code\n{_SLOPES}")
-    axes.set_ylabel("distribution function of the ranks,\nless the uniform one")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
-    _set_title(figure, title)
-    return figure
-
-
-_SLOPES = "up, then down: encoder too narrow; down, then up: too wide; a bow to one side: off"
-
-
-def _binomial_band(total: int, shares: np.ndarray, mass: float = 0.99) -> tuple[Any, Any]:
-    """Return the ends of the central mass of binomial counts, one for each share."""
-    counts = torch.arange(total + 1, dtype=torch.float64)
-    law = torch.distributions.Binomial(total, torch.from_numpy(shares)[:, None])
-    cumulative = law.log_prob(counts).exp().cumsum(1)  # (bins, total + 1)
-    tail = cumulative.new_tensor([(1 - mass) / 2, (1 + mass) / 2]).expand(len(shares), 2)
-    low, high = torch.searchsorted(cumulative, tail.contiguous()).unbind(1)
-    return low.numpy(), high.clamp(max=total).numpy()
-
-
-def _set_title(figure: Figure, title: str) -> None:
-    """Set a title that is wrapped to the width of the figure."""
-    text = textwrap.fill(title, max(20, int(9.5 * figure.get_figwidth())))
-    figure.suptitle(text, fontsize=12, parse_math=False)
-
-
-def _mosaic(
-    grid: np.ndarray, limits: tuple[float, float], title: str, inches: float, margin: float
-) -> tuple[Figure, Axes]:
-    """Lay images (rows, columns, H, W[, 3]) side by side, with white between them."""
-    rows, columns, height, width = grid.shape[:4]
+    most = (60 if plane else 6) if num_points is None else require_count(num_points, "num_points")
+    num_directions = require_count(num_directions, "num_directions")
+    data = checked_data(pair, x)
+    picked = np.linspace(0, len(data) - 1, min(most, len(data))).round().astype(int).tolist()
+    points = data[picked]
+    basis = tangent_basis(pair, points, of=of).basis  # (n, D, k)
+    if plane:
+        return _tangent_lines(pair, data, points, basis[:, :, 0], title, ax)
     low, high = limits
-    if not low < high:
-        raise ValueError(f"limits must be two increasing numbers, got {limits!r}")
-    gap, rest = _gap(grid), grid.shape[4:]
-    scaled = np.clip((grid - low) / (high - low), 0, 1)
-    framed = np.ones((rows, columns, height + gap, width + gap, *rest))
-    framed[:, :, :height, :width] = np.where(np.isnan(scaled), 1.0, scaled)
-    sheet = framed.swapaxes(1, 2).reshape(rows * (height + gap), columns * (width + gap), *rest)
-    sheet = sheet[:-gap, :-gap]
-    # the margins hold the title and the names of the rows, which do not grow with the images
-    title = textwrap.fill(title, max(20, int(9.5 * (inches + margin))))
-    height_inches = inches * sheet.shape[0] / sheet.shape[1] + 0.3 + 0.2 * len(title.splitlines())
-    size = (inches + margin, height_inches)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    figure.suptitle(title, fontsize=12, parse_math=False)
-    return figure, axes
+    directions = basis[:, :, :num_directions].mT  # (n, k, D)
+    largest = directions.abs().amax(2, keepdim=True).clamp(min=torch.finfo(basis.dtype).tiny)
+    shades = low + (high - low) * (0.5 + 0.5 * directions / largest)
+    sheet = torch.cat([points.flatten(1)[:, None], shades.to(points)], 1)  # (n, 1 + k, D)
+    images = as_images(sheet.reshape(-1, *pair.x_shape))
+    grid = images.reshape(*sheet.shape[:2], *images.shape[1:])
+    if title is None:
+        title = f"{type(pair).__name__}: data and the first directions of their tangent planes"
+    inches = min(max(0.9 * grid.shape[1], 3.0), 24.0)
+    ax = mosaic(ax, grid, limits, title, inches, margin=0.2, below=0.7)
+    name_columns(ax, grid, ["datum", *(_ordinal(k + 1) for k in range(directions.shape[1]))])
+    ax.set_xlabel(wrap(ax, f"directions, by singular value of the {of}'s Jacobian"))
+    return ax
 
 
-def _gap(grid: np.ndarray) -> int:
-    """Pixels between images (rows, columns, H, W[, 3])."""
-    return max(1, round(grid.shape[2] / 12))
-
-
-def _images(x: Tensor) -> np.ndarray:
-    """Turn (N, 1, H, W) or (N, H, W) into (N, H, W), and (N, 3, H, W) into (N, H, W, 3)."""
-    images = x.detach().cpu().double().numpy()
-    if images.ndim == 3:
-        return images
-    return images[:, 0] if images.shape[1] == 1 else images.transpose(0, 2, 3, 1)
-
-
-def is_image(x_shape: tuple[int, ...]) -> bool:
-    """Whether data of that shape can be drawn: (1, H, W), (H, W) or (3, H, W)."""
-    return len(x_shape) == 2 or (len(x_shape) == 3 and x_shape[0] in (1, 3))
-
-
-def _require_images(pair: Autoencoder) -> None:
-    if not is_image(pair.x_shape):
+def _require_plane(pair: Any) -> None:
+    require_pair(pair)
+    if pair.x_shape != (2,):
         raise ValueError(
-            f"pair must be on images of x_shape (1, H, W), (H, W) or (3, H, W), got "
-            f"{pair.x_shape}; build it with x_dim=(1, height, width) on data of that shape"
+            f"pair must be on points in the plane, of x_shape (2,), got {pair.x_shape}; "
+            "probae.score(pair, x) returns the score for data of any shape"
         )
 
 
-def _mean(distribution: Any) -> Tensor:
-    mean = distribution.mean
-    if mean.isnan().any():
+def _window(data: Tensor | None, limits: Any) -> tuple[list[float], list[float]]:
+    """Return the low and the high ends of both coordinates."""
+    if limits is None and data is not None:
+        low, high = data.amin(0), data.amax(0)
+        room = 0.1 * (high - low).clamp(min=1e-6)
+        return (low - room).tolist(), (high + room).tolist()
+    try:
+        ends = np.broadcast_to(np.asarray((-3, 3) if limits is None else limits, float), (2, 2))
+    except (TypeError, ValueError):
+        ends = np.zeros((2, 2))
+    if not (np.isfinite(ends).all() and (ends[:, 0] < ends[:, 1]).all()):
         raise ValueError(
-            "pair has a decoder whose mean is undefined, such as CategoricalDecoder; draw "
-            "samples(pair, mean=False) instead"
+            "limits must be two increasing numbers (low, high), or two pairs of them, got "
+            f"{limits!r}"
         )
-    return mean
+    return ends[:, 0].tolist(), ends[:, 1].tolist()
+
+
+def _tangent_lines(
+    pair: Autoencoder,
+    data: Tensor,
+    points: Tensor,
+    directions: Tensor,
+    title: str | None,
+    ax: Axes | None,
+) -> Axes:
+    """Draw points in the plane, and lines through some of them."""
+    cloud, at, along = (t.detach().cpu().double().numpy() for t in (data, points, directions))
+    ax = one_axes(ax, 5.8, 5.6)
+    ax.scatter(cloud[:, 0], cloud[:, 1], s=8, color=POINTS, linewidths=0, alpha=0.6, label="data")
+    half = 0.06 * max(float(np.ptp(cloud, axis=0).max()), 1e-6)
+    ends = np.stack([at - half * along, at + half * along])  # (2, n, 2)
+    lines = ax.plot(ends[:, :, 0], ends[:, :, 1], color="C0", linewidth=1.8)
+    lines[0].set_label("tangents")
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.set(xlabel="x[0]", ylabel="x[1]")
+    ax.legend(fontsize="small")
+    set_title(ax, title or f"{type(pair).__name__}: tangents at {len(at)} data")
+    return ax
+
+
+def _ordinal(place: int) -> str:
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+    return f"{place}{'th' if 10 <= place % 100 <= 20 else ending}"
 
 
 def _beta(history: Mapping[str, Sequence[float]]) -> str:

@@ -47,7 +47,7 @@ def _halved(value: Any) -> Any:
 
 def require_precision(precision: Any, dtype: torch.dtype) -> None:
     """Raise a ValueError unless a pair of this dtype can be trained in that precision."""
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise ValueError(f"precision must be 'float32' or 'bf16', got {precision!r}")
     if precision == "bf16" and dtype is not torch.float32:
         raise ValueError(

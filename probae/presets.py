@@ -91,12 +91,12 @@ class PPCA(Autoencoder):
             raise ValueError(f"z_dim must be below the dimension of x, {x_dim}, got {z_dim}")
         decoder = GaussianDecoder(MLP(z_dim, x_shape), scale=scale, learn_scale=learn_scale)
         encoder: nn.Module
+        if not isinstance(posterior, str) or posterior not in ("exact", "diagonal"):
+            raise ValueError(f"posterior must be 'exact' or 'diagonal', got {posterior!r}")
         if posterior == "exact":
             encoder = LinearGaussianPosterior(decoder)
-        elif posterior == "diagonal":
-            encoder = GaussianEncoder(MLP(x_shape, (2, z_dim)))
         else:
-            raise ValueError(f"posterior must be 'exact' or 'diagonal', got {posterior!r}")
+            encoder = GaussianEncoder(MLP(x_shape, (2, z_dim)))
         super().__init__(StandardNormalPrior(z_dim), encoder, decoder)
 
     @classmethod
@@ -337,7 +337,13 @@ class SparseAutoencoder(Autoencoder):
         x_shape, z_dim = _dimensions(x_dim, z_dim)
         named = isinstance(posterior, str)
         if isinstance(posterior, nn.Module):
-            point = is_point(posterior(torch.zeros(1, *x_shape)))
+            try:
+                point = is_point(posterior(torch.zeros(1, *x_shape)))
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+                raise ValueError(
+                    f"posterior must be an encoder that takes x of shape (N, *{x_shape}), got "
+                    f"{type(posterior).__name__}: {error}"
+                ) from error
         else:
             point = named and posterior in ("point", "sparse-coding")
         subset = isinstance(prior, str) and prior == "subset"
@@ -573,14 +579,14 @@ class ContractiveAutoencoder(Autoencoder):
         )
         corruption: nn.Module | None = None
         factor: nn.Module
+        if not isinstance(penalty, str) or penalty not in ("exact", "hutchinson", "noise"):
+            raise ValueError(f"penalty must be 'exact', 'hutchinson' or 'noise', got {penalty!r}")
         if penalty == "noise":
             corruption = GaussianNoise(noise)
             scale = noise / math.sqrt(2 * require_positive(weight, "weight"))
             factor = CodeCoupling(encoder, scale)
-        elif penalty in ("exact", "hutchinson"):
-            factor = ContractivePenalty(encoder, weight, penalty)
         else:
-            raise ValueError(f"penalty must be 'exact', 'hutchinson' or 'noise', got {penalty!r}")
+            factor = ContractivePenalty(encoder, weight, penalty)
         super().__init__(FlatPrior(z_dim), encoder, decoder, corruption, factor)
 
 
@@ -738,7 +744,7 @@ def _prior(
     """Return the prior of that name, or the module itself."""
     if isinstance(prior, nn.Module):
         return prior
-    if prior == "vamp":
+    if isinstance(prior, str) and prior == "vamp":
         return VampPrior(encoder, x_shape)
     named: dict[str, type[nn.Module]] = {
         "normal": StandardNormalPrior,

@@ -16,6 +16,7 @@ from .decoders import Decoder, GaussianDecoder
 from .distributions import mean_of
 from .encoders import PointEncoder
 from .networks import MLP, TransposedMLP
+from .part import require_flag
 from .priors import FlatPrior
 from .training import Run, fit
 
@@ -81,6 +82,7 @@ def pretrain(
         ['CONDITIONAL', 'CONDITIONAL', 'CONDITIONAL']
     """
     require_pair(pair)
+    require_flag(progress, "progress")
     stages = _stages(pair, corruption)
     data = to_pair(pair, pair.check_input(as_tensor(x, "x")))
     runs: list[Run] = []

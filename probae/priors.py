@@ -16,6 +16,7 @@ from .part import (
     as_number,
     as_shape,
     require_count,
+    require_flag,
     require_positive,
     require_probability,
 )
@@ -91,7 +92,11 @@ class LaplacePrior(Part):
         super().__init__()
         z_dim = require_count(z_dim, "z_dim")
         self.rate = require_positive(rate, "rate")
-        self.log_rate = nn.Parameter(torch.tensor(math.log(self.rate))) if learn_rate else None
+        self.log_rate = (
+            nn.Parameter(torch.tensor(math.log(self.rate)))
+            if require_flag(learn_rate, "learn_rate")
+            else None
+        )
         self.register_buffer("loc", torch.zeros(z_dim), persistent=False)
 
     def forward(self) -> Distribution:

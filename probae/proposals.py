@@ -79,6 +79,8 @@ def fit_proposal(
         with contextlib.nullcontext() if seed is None else seeded(seed, {pair.device}):
             encoder = _encoder_for(pair, hidden, activation)
     elif isinstance(encoder, nn.Module):
+        if any(parameter.is_meta for parameter in encoder.parameters()):
+            raise ValueError("encoder must hold numbers, but is on the device 'meta'")
         encoder.to(pair.device, pair.dtype)
     with _fixed(pair.prior, pair.decoder):
         fit(Autoencoder(pair.prior, encoder, pair.decoder), x, val, **options)

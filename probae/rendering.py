@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .autoencoder import Autoencoder, frozen
 from .checks import check_support, require_pair
 from .datasets import as_tensor
+from .discriminators import NoEncoder
 from .distributions import base_distribution, is_flat, is_point
 from .part import Part, require_flag
 
@@ -30,6 +31,7 @@ PARTS = {
     "decoder": "p(x|z)",
     "corruption": "C(x_tilde|x)",
     "factor": "exp c(x, z)",
+    "discriminator": "T(x, z)",
 }
 WIDTH = 72  # of the description of a part
 
@@ -183,6 +185,8 @@ def _dependencies(pair: Autoencoder, name: str, x: Tensor) -> dict[str, list[str
         with frozen(pair, seed=0):
             found: dict[str, list[str]] = get_model_relations(program, (x,))["sample_sample"]
         return found
+    if name == "guide" and isinstance(pair.encoder, NoEncoder):
+        return {}
     if name == "guide":
         return {"x_tilde": ["x"], "z": ["x" if pair.corruption is None else "x_tilde"]}
     return {"x_tilde": ["x"], "x": ["z"], "factor": ["x", "z"]}

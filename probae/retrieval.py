@@ -92,6 +92,8 @@ def pack_codes(bits: Tensor | Any) -> Tensor:
         tensor([[  5, 128]], dtype=torch.uint8)
     """
     bits = _matrix(bits, "bits")
+    if bits.is_meta or bits.layout != torch.strided:
+        raise ValueError("bits must hold numbers, in a dense tensor; bits.to_dense() makes it one")
     if not ((bits == 0) | (bits == 1)).all():
         raise ValueError(
             "bits must be 0 or 1 (or bool), got other values; threshold codes with "

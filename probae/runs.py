@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import math
-import os
+import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,18 +24,50 @@ from .annealing import Annealing
 from .autoencoder import Autoencoder, seeded
 from .checks import likelihood_of
 from .datasets import DATASET_NAMES, Splits, as_tensor, binarize, dequantize, load_dataset
+from .distributed import shared_log_likelihood, world_size
 from .distributions import GreyBernoulli, has_component
+from .files import SEAL, move, read_json, replacing, require_seal, sealed, write_bytes
 from .likelihood import LikelihoodWarning, LogLikelihood, log_likelihood
 from .saving import RECIPE, TENSORS, load
 
-RUN_FORMAT, DEMO_FORMAT = "probae-run/1", "probae-demo/1"
+RUN_FORMAT, DEMO_FORMAT = "probae-run/2", "probae-demo/2"
+UNSEALED = ("probae-run/1", "probae-demo/1")  # the earlier ones have no checksum
 RUN_FILE, DEMO_FILE = "run.json", "demo.json"
 HISTORY, EVALUATION = "history.json", "evaluation.json"
 LOSS, RECONSTRUCTIONS, SAMPLES = "loss.png", "reconstructions.png", "samples.png"
 PICTURES = (LOSS, RECONSTRUCTIONS, SAMPLES)
 FILES = (RUN_FILE, DEMO_FILE, RECIPE, TENSORS, HISTORY, EVALUATION, *PICTURES)
 
+# of an evaluation that an earlier version wrote, without a checksum
+UNSEALED_KEYS = {"method", "num_samples", "data", "split", "limit", "seed", "temperatures"} | {
+    *("start", "num_data", "nats_per_datum", "std_error", "is_bound", "bits_per_dim"),
+    *("khat_above_0.7", "note", "version"),
+}
+
 Record = dict[str, Any]  # what run.json holds
+
+
+def _is_source(value: Any) -> bool:
+    """Whether a value names the data of a run: a data set, or a file that is known again."""
+    if not isinstance(value, dict):
+        return False
+    if "name" in value:
+        return value["name"] in DATASET_NAMES
+    return isinstance(value.get("path"), str) and isinstance(value.get("sha256"), str)
+
+
+def _is_interval(value: Any) -> bool:
+    pair = isinstance(value, list) and len(value) == 2
+    return pair and all(type(bound) in (int, float) for bound in value)
+
+
+# what is read of a run, and what it can be
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "title": lambda value: isinstance(value, str),
+    "data": _is_source,
+    "dequantize": lambda value: value is None or (type(value) is int and value >= 2),
+    "limits": _is_interval,
+}
 
 
 class Data(NamedTuple):
@@ -73,8 +104,16 @@ def load_data(name: str, seed: int) -> Data:
 
 def cut(x: Tensor, source: Record) -> Splits:
     """Split the rows of a file as it was done when the run was fitted."""
+    held_out = []
+    for split in ("val", "test"):
+        rows = source.get(split)
+        if not isinstance(rows, list) or not all(type(row) is int for row in rows):
+            raise ValueError(f"data.{split} of the run must be a list of numbers of rows")
+        held_out += rows
+    if len({*held_out}) < len(held_out) or not all(0 <= row < len(x) for row in held_out):
+        raise ValueError(f"data.val and data.test of the run must be distinct rows of {len(x)}")
     rest = torch.ones(len(x), dtype=torch.bool)
-    rest[source["val"] + source["test"]] = False
+    rest[held_out] = False
     return Splits(x[rest], x[source["val"]], x[source["test"]])
 
 
@@ -150,10 +189,11 @@ def measure(
     if method == "exact" and num_samples is not None:
         raise ValueError("--num-samples goes with --method elbo, iwae and ais, not exact")
     x, note = as_measured(pair, record, x, levels, seed)
-    progress = sys.stderr.isatty()
+    estimate = shared_log_likelihood if world_size() > 1 else log_likelihood
+    progress = sys.stderr.isatty() and world_size() == 1
     with warnings.catch_warnings():  # the report says it
         warnings.simplefilter("ignore", LikelihoodWarning)
-        ll = log_likelihood(
+        ll = estimate(
             pair, x, method, num_samples, annealing=annealing, seed=seed, progress=progress
         )
     return ll, note
@@ -169,9 +209,13 @@ def untrusted(ll: LogLikelihood) -> float | None:
 def append_evaluation(run: Path, key: Record, ll: LogLikelihood, note: str) -> None:
     """Add a record to evaluation.json; the same evaluation made again replaces the earlier one."""
     file = run / EVALUATION
-    earlier = _read_json(file) if file.exists() else []
+    earlier = read_json(file) if file.exists() else []
     if not isinstance(earlier, list) or not all(isinstance(entry, dict) for entry in earlier):
         raise ValueError(f"{file} must hold a list of evaluations; move it out of the way")
+    for entry in earlier:
+        version = re.fullmatch(r"\d+(\.\d+)+", str(entry.get("version", "0.0")))
+        if SEAL in entry or not version or not entry.keys() <= UNSEALED_KEYS:
+            require_seal(entry, file)
     key = {"method": ll.method, "num_samples": ll.num_samples, **key}
     entry = {
         **key,
@@ -185,7 +229,7 @@ def append_evaluation(run: Path, key: Record, ll: LogLikelihood, note: str) -> N
         "version": __version__,
     }
     others = [e for e in earlier if any(e.get(name) != value for name, value in key.items())]
-    write_json(file, [*others, entry])
+    write_json(file, [*others, sealed(_plain(entry))])
 
 
 def load_run(folder: Path, device: str) -> tuple[Autoencoder, Record]:
@@ -195,13 +239,22 @@ def load_run(folder: Path, device: str) -> tuple[Autoencoder, Record]:
         raise FileNotFoundError(
             f"{folder} holds no run: {RUN_FILE} is missing; make one with probae fit"
         )
-    record = _read_json(file)
-    if not isinstance(record, dict) or record.get("format") != RUN_FORMAT:
-        found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    record = read_json(file)
+    found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if not isinstance(record, dict) or found not in (RUN_FORMAT, UNSEALED[0]):
         raise ValueError(f"{file} must have format {RUN_FORMAT!r}, got {found!r}")
-    missing = [name for name in ("title", "data", "dequantize", "limits") if name not in record]
+    missing = [name for name in KINDS if name not in record]
     if missing:
         raise ValueError(f"{file} is damaged: {', '.join(missing)} is missing; fit the run again")
+    if found == RUN_FORMAT:
+        require_seal(record, file)
+    elif SEAL in record:
+        raise ValueError(f"{file} is damaged: format {found!r} has no checksum")
+    for name, is_kind in KINDS.items():
+        if not is_kind(record[name]):
+            raise ValueError(
+                f"{file} is damaged: {name} cannot be {str(record[name])[:100]}; fit the run again"
+            )
     return load(folder, device=str(as_device(device))), record
 
 
@@ -239,34 +292,17 @@ def staged(out: Path, marker: str, form: str, overwrite: bool) -> Iterator[Path]
         files = [path for path in stage.rglob("*") if path.is_file()]
         # the marker comes last: a folder that has it is whole
         for path in sorted(files, key=lambda path: path.name == marker):
-            os.replace(path, out / path.relative_to(stage))
+            move(path, out / path.relative_to(stage))
 
 
 def _has_format(file: Path, form: str) -> bool:
+    """Whether a file is a record of that format, or of the version before."""
     try:
-        record = _read_json(file)
+        record = read_json(file)
     except (OSError, ValueError):
         return False
-    return isinstance(record, dict) and record.get("format") == form
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-
-
-@contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[io.BufferedWriter]:
-    """Write beside ``file`` and move, so that it is never half there."""
-    part = file.with_name(f"{file.name}.part")
-    try:
-        with part.open("wb") as stream:
-            yield stream
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    found = record.get("format") if isinstance(record, dict) else None
+    return found == form or (found in UNSEALED and found.split("/")[0] == form.split("/")[0])
 
 
 def _finite(value: Any) -> Any:
@@ -278,21 +314,28 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _plain(value: Any) -> Any:
+    """Return a value as JSON can hold it, and as it is read again."""
+    return json.loads(json.dumps(_finite(value), allow_nan=False))
+
+
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    with _replacing(file) as stream:
-        stream.write((json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode())
+    """Write JSON, whole or not at all; a record that names its format gets a checksum."""
+    value = _plain(value)
+    if isinstance(value, dict) and "format" in value:
+        value = sealed(value)
+    write_bytes(file, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_figure(file: Path, figure: Figure) -> None:
     """Write a PNG, whole or not at all."""
-    with _replacing(file) as stream:
+    with replacing(file) as stream:
         figure.savefig(stream, format="png")
 
 
 def write_array(file: Path, array: np.ndarray) -> None:
     """Write a .npy file, whole or not at all."""
-    with _replacing(file) as stream:
+    with replacing(file) as stream:
         np.save(stream, array)
 
 

@@ -11,7 +11,14 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from .autoencoder import Autoencoder, Kind, frozen
-from .checks import check_support, likelihood_of, prior_of, require_density, require_pair
+from .checks import (
+    check_support,
+    likelihood_of,
+    prior_of,
+    require_density,
+    require_pair,
+    to_pair,
+)
 from .corruptions import Corruption, GaussianNoise, encoder_input, require_corruption
 from .datasets import as_tensor
 from .decoders import CorruptedDecoder
@@ -156,7 +163,7 @@ def denoise(
     """
     require_pair(pair)
     num_samples = require_count(num_samples, "num_samples")
-    data = as_tensor(x_tilde, "x_tilde").to(pair.device, pair.dtype)
+    data = to_pair(pair, as_tensor(x_tilde, "x_tilde"), "x_tilde")
     if is_flat(prior_of(pair)):
         return _trained_denoiser(pair, data, corruption, num_samples, seed)
     decoder: Any = pair.decoder

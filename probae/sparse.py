@@ -16,7 +16,7 @@ from torch.distributions.utils import lazy_property
 from torch.nn.functional import pad, softplus
 
 from .distributions import is_point
-from .part import require_count
+from .part import require_count, require_parameter
 
 _IMPOSSIBLE = -1e30  # log-weight of what cannot be; -inf would put NaN into gradients
 
@@ -156,6 +156,7 @@ class ConditionalBernoulli(dist.TorchDistribution):
 
     def __init__(self, logits: Tensor, k: int, validate_args: bool | None = None) -> None:
         self.k = require_count(k, "k")
+        require_parameter(logits, "logits")
         if logits.dim() < 1 or logits.shape[-1] < self.k:
             raise ValueError(
                 f"k must be at most the number of units, the last dimension of logits, got k={k} "

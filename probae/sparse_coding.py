@@ -23,7 +23,14 @@ from .datasets import as_tensor
 from .decoders import GaussianDecoder
 from .distributions import mean_of
 from .networks import MLP
-from .part import Part, as_number, require_count, require_positive
+from .part import (
+    Part,
+    as_number,
+    require_count,
+    require_flag,
+    require_parameter,
+    require_positive,
+)
 
 if TYPE_CHECKING:
     from torch.distributions import Distribution
@@ -118,6 +125,13 @@ def lasso(
         )
     require_positive(rate, "rate")
     require_positive(noise_scale, "noise_scale")
+    if x.abs().max() > torch.finfo(x.dtype).max ** 0.25:
+        raise ValueError(f"x is too large for its square in {x.dtype}; scale it")
+    if rate < 1e-30:
+        raise ValueError(f"rate must be at least 1e-30, got {rate!r}")
+    if not 1e-12 < noise_scale < 1e12:
+        raise ValueError(f"noise_scale must be in (1e-12, 1e12), got {noise_scale!r}; scale x")
+    require_flag(nonnegative, "nonnegative")
     _require_coupling(coupling, prediction, "prediction")
     codes_shape = (len(x), dictionary.shape[1])
     start = prediction if start is None else start
@@ -176,7 +190,27 @@ def sparse_coding_energy(
     require_positive(rate, "rate")
     require_positive(noise_scale, "noise_scale")
     _require_coupling(coupling, prediction, "prediction")
-    residual = x - codes @ dictionary.T
+    codes, dictionary = (
+        require_parameter(value, name)
+        for value, name in ((codes, "codes"), (dictionary, "dictionary"))
+    )
+    require_parameter(x, "x")
+    if dictionary.dim() != 2 or codes.shape[-1:] != dictionary.shape[1:]:
+        raise ValueError(
+            "dictionary must have shape (D, K) and codes (..., K), got "
+            f"{tuple(dictionary.shape)} and {tuple(codes.shape)}"
+        )
+    if x.shape[-1:] != dictionary.shape[:1]:
+        raise ValueError(
+            f"x must have shape (..., D) with D = {len(dictionary)} as in dictionary, got "
+            f"{tuple(x.shape)}"
+        )
+    try:
+        residual = x - codes @ dictionary.T
+    except RuntimeError as error:
+        raise ValueError(
+            f"x and codes must hold as many data, got {tuple(x.shape)} and {tuple(codes.shape)}"
+        ) from error
     energy = residual.square().sum(-1) / (2 * noise_scale**2) + rate * codes.abs().sum(-1)
     if coupling and prediction is not None:
         energy = energy + coupling * (codes - prediction).square().sum(-1)
@@ -213,6 +247,11 @@ def coupling_log_normalizer(prediction: Tensor, rate: float, coupling: float) ->
     """
     require_positive(rate, "rate")
     require_positive(coupling, "coupling")
+    for name, value in (("rate", rate), ("coupling", coupling)):
+        if value > 1e100:
+            raise ValueError(f"{name} must be below 1e100, got {value!r}")
+    if require_parameter(prediction, "prediction").dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"prediction must be in float32 or float64, got {prediction.dtype}")
     shift, width = rate / (2 * coupling), math.sqrt(2 * coupling)
     # the integrals over h > 0 and h < 0, but for the common factor; exponents stay finite in logs
     above = -rate * prediction + torch.special.log_ndtr((prediction - shift) * width)
@@ -297,8 +336,12 @@ class SparseCodingEncoder(Part):
         self.x_ndim = len(decoder.network.out_shape)
         self.rate = require_positive(rate, "rate")
         self.coupling = float(coupling)
-        self.nonnegative = nonnegative
+        self.nonnegative = require_flag(nonnegative, "nonnegative")
         self.tolerance = require_positive(tolerance, "tolerance")
+        if self.tolerance > 1e30:
+            raise ValueError(
+                f"tolerance must be below 1e30, in units of the rate, got {tolerance!r}"
+            )
         self.max_iterations = require_count(max_iterations, "max_iterations")
 
     @torch.no_grad()

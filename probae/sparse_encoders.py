@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .hashing import probit_logit
-from .part import Part, require_count, require_positive
+from .part import Part, require_count, require_flag, require_positive
 from .sparse import ConditionalBernoulli, SpikeAndSlab, top_k
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ class NoisyGateEncoder(Part):
         self.log_threshold = _log_threshold(threshold, z_dim)
         self.bandwidth = require_positive(bandwidth, "bandwidth")
         self.kernel = _require_kernel(kernel)
+        require_flag(learn_scale, "learn_scale")
         if slab_scale is None and learn_scale:
             raise ValueError("learn_scale=True needs a slab_scale to start from, got None")
         self.slab_scale = None if slab_scale is None else require_positive(slab_scale, "slab_scale")
@@ -285,7 +286,7 @@ class TopKEncoder(Part):
         super().__init__()
         self.network = network
         self.num_active = require_count(num_active, "num_active")
-        self.positive = bool(positive)
+        self.positive = require_flag(positive, "positive")
 
     def forward(self, x: Tensor) -> Distribution:
         """Return the point mass at z, batch shape (...), event shape (z_dim,)."""

@@ -532,8 +532,8 @@ def test_damaged_runs_are_told_apart(vae: Path, tmp_path: Path) -> None:
     for name, content, message in (
         ("run.json", b'{"format": ', "run.json is not valid JSON"),
         ("run.json", b"\xff\xfe", "run.json is not valid JSON"),
-        ("run.json", b"[]", "must have format 'probae-run/1', got 'list'"),
-        ("run.json", b'{"format": "other"}', "must have format 'probae-run/1', got 'other'"),
+        ("run.json", b"[]", "must have format 'probae-run/2', got 'list'"),
+        ("run.json", b'{"format": "other"}', "must have format 'probae-run/2', got 'other'"),
         ("run.json", json.dumps(record).encode(), "is damaged: limits is missing"),
         ("pair.json", None, "pair.json is missing"),
         ("pair.json", b"{}", "must have format"),

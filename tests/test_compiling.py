@@ -307,10 +307,28 @@ def test_a_loss_that_is_not_finite_is_traced_to_its_site(interpreted: list) -> N
     assert states[0] == states[1]
 
 
+def test_a_gradient_that_is_not_finite_is_left_out_like_an_eager_one(interpreted: list) -> None:
+    def encoder(x: Tensor, p: Tensor) -> Any:  # at x = 0 the gradient is infinity times 0
+        return dist.Normal((x[..., :Z] * (1 + p)).abs().sqrt(), 1.0).to_event(1)
+
+    x = 1 + bits(40)
+    x[torch.randperm(40, generator=torch.Generator().manual_seed(1))[:1]] = 0.0
+    pairs, runs = [with_encoder(encoder) for _ in range(2)], []
+    for pair, compile in zip(pairs, (False, True), strict=True):
+        with pytest.warns(UserWarning, match="a gradient became NaN or infinite"):
+            runs.append(
+                fit(pair, x, epochs=3, batch_size=4, compile=compile, seed=5, on_fault="skip")
+            )
+    assert [run.skipped for run in runs] == [3, 3]
+    assert runs[1].history["loss"] == pytest.approx(runs[0].history["loss"], rel=1e-6)
+    for p, q in zip(*(pair.parameters() for pair in pairs), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_a_step_without_finite_loss_changes_nothing(interpreted: list) -> None:
     pair, data = normed(), torch.cat([bits(), torch.full((1, X), math.inf)])
     optim = torch.optim.Adam(pair.parameters(), lr=0.1)
-    checked = probae.checks.TrainingData(pair, bits(21), "x", False)
+    checked = probae.batches.TrainingData(pair, bits(21), "x", False)
     probae.ELBO().differentiable_loss(pair.model, pair.guide, bits()).backward()
     optim.step()
     step = compiling.CompiledStep(pair, probae.ELBO(), checked, optim, None)

@@ -1,4 +1,4 @@
-"""The pull-back metric against its definition, against KL divergences, and what it refuses."""
+"""The pull-back metric and its geodesics: definitions, KL divergences, spheres, refusals."""
 
 import copy
 import itertools
@@ -517,3 +517,204 @@ def test_what_is_no_pair_and_inference_mode_are_refused() -> None:
     pair, _ = case("bernoulli")
     with torch.inference_mode(), pytest.raises(ValueError, match="cannot run inside"):
         probae.pullback_metric(pair, codes())
+
+
+# ---- geodesics ----------------------------------------------------------------------------------
+
+
+class Composed(nn.Module):
+    """A Gaussian decoder of any mean, with scale 1/2."""
+
+    def __init__(self, mean: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mean = mean
+
+    def forward(self, z: Tensor) -> Any:
+        return dist.Normal(self.mean(z), 0.5).to_event(1)
+
+
+def mapped(mean: Callable[[Tensor], Tensor], z_dim: int, x_dim: int) -> probae.Autoencoder:
+    encoder = probae.GaussianEncoder(probae.MLP(x_dim, (2, z_dim))).double()
+    prior = probae.StandardNormalPrior(z_dim).double()
+    return probae.Autoencoder(prior, encoder, Composed(mean))
+
+
+def on_sphere(z: Tensor) -> Tensor:
+    """Polar angle and azimuth to a sphere of radius 3."""
+    polar, azimuth = z.unbind(-1)
+    parts = (polar.sin() * azimuth.cos(), polar.sin() * azimuth.sin(), polar.cos())
+    return 3 * torch.stack(parts, -1)
+
+
+def test_geodesics_of_a_sphere_are_great_circles() -> None:
+    pair = mapped(on_sphere, 2, 3)
+    start = torch.tensor([[1.0, 0.0], [0.5, -1.0], [2.0, 0.3]], dtype=torch.float64)
+    end = torch.tensor([[1.0, 2.0], [1.5, 1.2], [0.7, 1.4]], dtype=torch.float64)
+    steps = 24
+    way = probae.geodesic(pair, start, end, num_points=steps + 1, tolerance=1e-9)
+    a, b = on_sphere(start) / 3, on_sphere(end) / 3
+    angle = torch.acos((a * b).sum(-1))
+    # radius / scale is 6; the chain has equal chords, which tend to the arc
+    chords = steps * 12 * torch.sin(angle / (2 * steps))
+    assert way.converged.all()
+    assert torch.allclose(way.length, chords, rtol=1e-6)
+    assert torch.allclose(way.length, 6 * angle, rtol=(angle.max().item() / steps) ** 2 / 20)
+    share = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None]
+    circle = (((1 - share) * angle).sin() / angle.sin())[..., None] * a
+    circle = circle + ((share * angle).sin() / angle.sin())[..., None] * b
+    assert torch.allclose(way.x.mean / 3, circle, atol=1e-4)
+    assert (way.length < way.straight_length).all()  # lines of longitude and latitude are longer
+    assert torch.equal(way.z[0], start)
+    assert torch.equal(way.z[-1], end)
+
+
+def test_a_linear_decoder_has_straight_geodesics() -> None:
+    pair = probae.PPCA(5, 3).double()
+    weight, _, scale = pair.decoder.affine()
+    start = torch.randn(4, 3, dtype=torch.float64)
+    end = torch.randn(4, 3, dtype=torch.float64)
+    way = probae.geodesic(pair, start, end, num_points=7)
+    expected = ((end - start) @ weight.T).norm(dim=-1) / scale
+    assert torch.allclose(way.length, expected)
+    assert torch.allclose(way.straight_length, expected)
+    share = torch.linspace(0, 1, 7, dtype=torch.float64)[:, None, None]
+    assert torch.allclose(way.z, (1 - share) * start + share * end, atol=1e-8)
+
+
+def test_a_geodesic_goes_round_a_hill() -> None:
+    # the surface (z, 3 exp(-|z|²)): over the top it is longer than round it
+    pair = mapped(lambda z: torch.cat([z, 3 * (-(z**2).sum(-1, keepdim=True)).exp()], -1), 2, 3)
+    way = probae.geodesic(pair, torch.tensor([-2.0, 0.05]), torch.tensor([2.0, 0.05]))
+    assert (way.z.shape, way.length.shape, way.x.mean.shape) == ((16, 2), (), (16, 3))
+    assert way.length < 0.85 * way.straight_length
+    assert way.z[:, 1].max() > 0.8  # where the line is at 0.05
+    assert bool(way.converged)
+
+
+@pytest.mark.parametrize("likelihood", probae.LIKELIHOODS)
+def test_short_geodesics_have_the_length_of_the_metric(likelihood: str) -> None:
+    made = probae.VAE(
+        4,
+        2,
+        hidden=(6,),
+        activation="tanh",
+        likelihood=likelihood,
+        likelihood_options={
+            "categorical": {"num_classes": CLASSES},
+            "discretized-logistic": {"levels": LEVELS},
+        }.get(likelihood),
+    ).double()
+    z = torch.randn(3, 2, dtype=torch.float64)
+    step = 1e-3 * torch.randn(3, 2, dtype=torch.float64)
+    way = probae.geodesic(made, z - step, z + step, num_points=4)
+    expected = 2 * torch.einsum("ni,nij,nj->n", step, probae.pullback_metric(made, z), step).sqrt()
+    assert torch.allclose(way.length, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "poisson", "heteroscedastic-gaussian"])
+def test_the_energy_is_the_symmetric_divergence(likelihood: str) -> None:
+    made = probae.VAE(4, 2, hidden=(6,), likelihood=likelihood).double()
+    z = torch.randn(5, 3, 2, dtype=torch.float64)
+    with torch.no_grad():
+        found = manifold._steps(made, z)
+        law = made.decoder(z)
+        a, b = (base_distribution(made.decoder(part)) for part in (z[:-1], z[1:]))
+        expected = (kl_divergence(a, b) + kl_divergence(b, a)).sum(-1)
+    assert law.batch_shape == (5, 3)
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_one_pair_of_codes_or_many_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = mapped(on_sphere, 2, 3)
+    start, end = torch.tensor([[1.0, 0.0], [0.5, -1.0]]), torch.tensor([[1.0, 2.0], [1.5, 1.0]])
+    both = probae.geodesic(pair, start, end, num_points=9, tolerance=1e-10)
+    one = probae.geodesic(pair, start[0], end[0], num_points=9, tolerance=1e-10)
+    assert (both.z.shape, one.z.shape) == ((9, 2, 2), (9, 2))
+    assert torch.allclose(both.length[0], one.length, rtol=1e-7)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 1)
+    split = probae.geodesic(pair, start, end, num_points=9, tolerance=1e-10)
+    assert torch.allclose(split.length, both.length, rtol=1e-7)
+    same = probae.geodesic(pair, start, start)
+    assert same.length.tolist() == [0, 0]
+    assert torch.equal(same.z, start.double().expand(16, 2, 2))
+
+
+def test_a_geodesic_leaves_no_trace() -> None:
+    pair = probae.VAE((1, 3, 3), 2, hidden=(5,))
+    start, end = torch.zeros(2, requires_grad=True), torch.ones(2)
+    before, stream = copy.deepcopy(pair.state_dict()), torch.get_rng_state()
+    way = probae.geodesic(pair, start, end, num_points=5)
+    assert not way.z.requires_grad
+    assert not way.x.mean.requires_grad
+    assert start.grad is None
+    assert all(torch.equal(t, before[name]) for name, t in pair.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert all(p.grad is None and p.requires_grad for p in pair.parameters())
+    assert pair.training
+    assert torch.equal(way.z, probae.geodesic(pair, start, end, num_points=5).z)
+
+
+def test_too_few_iterations_are_told() -> None:
+    pair = mapped(on_sphere, 2, 3)
+    start, end = torch.tensor([0.2, 0.0]), torch.tensor([0.2, 2.5])
+    way = probae.geodesic(pair, start, end, num_points=64, max_iterations=1, tolerance=1e-12)
+    assert not bool(way.converged)
+    assert way.length < way.straight_length
+
+
+@pytest.mark.parametrize(
+    ("z0", "z1", "options", "message"),
+    [
+        (torch.zeros(3), torch.zeros(2), {}, r"z0 must be one code of shape \(2,\), .* got \(3,\)"),
+        (torch.zeros(2), torch.zeros(4, 3), {}, r"z1 must be one code .* pair\.encoder\(x\)\.mean"),
+        (torch.zeros(2), torch.zeros(4, 2), {}, "z1 must be as many codes as z0"),
+        (torch.tensor([0.0, math.nan]), torch.zeros(2), {}, "z0 must be finite"),
+        (torch.zeros(2).long(), torch.zeros(2), {}, "z0 must .*int64"),
+        (torch.zeros(2), torch.ones(2), {"num_points": 2}, "num_points must be an int >= 3"),
+        (torch.zeros(2), torch.ones(2), {"max_iterations": 0}, "max_iterations must be an int"),
+        (torch.zeros(2), torch.ones(2), {"tolerance": 0.0}, "tolerance must be a finite number"),
+    ],
+)
+def test_bad_ends_are_named(z0: Any, z1: Any, options: dict[str, Any], message: str) -> None:
+    pair, _ = case("bernoulli")
+    with pytest.raises(ValueError, match=message):
+        probae.geodesic(pair, z0, z1, **options)
+
+
+def test_pairs_without_geodesics_are_named() -> None:
+    ends = torch.zeros(2).double(), torch.ones(2).double()
+    for function, message in (
+        (lambda z: dist.Normal(z.detach(), 1.0).to_event(1), "autograd sees no path from z"),
+        (lambda z: dist.Laplace(z, 1.0).to_event(1), "got Laplace: its divergence is not known"),
+        (lambda z: dist.Normal(z, 1.0).to_event(1).mask(False), "density that is not masked"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            probae.geodesic(pair_of(Fixed(function)), *ends)
+    noisy = pair_of(corrupted(normal(), probae.Masking(0.1)))
+    with pytest.raises(ValueError, match=r"pair\.decoder\.decoder"):
+        probae.geodesic(noisy, *ends)
+    clean = bernoulli()
+    flipped = pair_of(corrupted(clean, probae.BitFlip(0.1)))  # Bernoulli still, and less distinct
+    assert probae.geodesic(flipped, *ends).length < probae.geodesic(pair_of(clean), *ends).length
+    with pytest.raises(ValueError, match="continuous codes"):
+        probae.geodesic(probae.SemanticHashing(6, 2, posterior="bernoulli"), *ends)
+    with pytest.raises(ValueError, match=r"pair must be a probae\.Autoencoder, got Linear"):
+        probae.geodesic(nn.Linear(2, 2), *ends)
+    pair, _ = case("bernoulli")
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"geodesic .*cannot run inside"):
+        probae.geodesic(pair, *ends)
+
+
+def test_a_way_stays_in_the_support_of_the_prior() -> None:
+    prior, encoder = probae.ExponentialPrior(2), probae.LogNormalEncoder(probae.MLP(3, (2, 2)))
+    # the shortest way goes round the hill at (1, 0.3), on the side where z is negative
+    hill = Composed(
+        lambda z: torch.cat(
+            [z, 3 * (-((z - torch.tensor([1.0, 0.3])) ** 2).sum(-1, keepdim=True) * 2).exp()], -1
+        )
+    )
+    pair = probae.Autoencoder(prior, encoder, hill)
+    with pytest.raises(ValueError, match="z0 must lie in the support of the prior"):
+        probae.geodesic(pair, -torch.ones(2), torch.ones(2))
+    with pytest.raises(ValueError, match="way inside the support of the prior"):
+        probae.geodesic(pair, torch.tensor([0.01, 0.01]), torch.tensor([2.0, 0.01]))

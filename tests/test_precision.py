@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -19,7 +22,9 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("make", "shape"), SHAPES)
-def test_a_layer_multiplies_in_bfloat16_and_returns_float32(make, shape) -> None:
+def test_a_layer_multiplies_in_bfloat16_and_returns_float32(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
     layer, x = make(), torch.randn(shape, requires_grad=True)
     with products_in("bf16"):
@@ -63,7 +68,7 @@ def test_what_a_float64_layer_multiplies_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("precision", ["half", 16, None, torch.bfloat16, True])
-def test_an_unknown_precision_is_refused(precision) -> None:
+def test_an_unknown_precision_is_refused(precision: Any) -> None:
     with pytest.raises(ValueError, match="precision must be 'float32' or 'bf16', got"):
         require_precision(precision, torch.float32)
 

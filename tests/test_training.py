@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -716,3 +717,220 @@ def test_the_record_says_what_the_elbo_bounds_and_what_is_left_of_the_kind() -> 
     for objective, kind in kinds.items():
         run = probae.fit(pair, grey.round(), epochs=1, objective=objective, progress=False)
         assert run.kind == kind
+
+
+# numerical faults
+
+
+def with_marks(x: Tensor, *places: int) -> Tensor:
+    x = x.clone()
+    x[list(places)] = MARK
+    return x
+
+
+class Poisoned(torch.autograd.Function):
+    """The identity, whose gradient is NaN for marked data."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, marks: Tensor) -> Tensor:
+        ctx.save_for_backward(marks)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (marks,) = ctx.saved_tensors
+        return torch.where(marks, math.nan, gradient), None
+
+
+def broken_gradient() -> Autoencoder:
+    """A pair whose loss is always finite, while one datum makes the encoder's gradient NaN."""
+
+    def encoder(x: Tensor, p: Tensor) -> Any:
+        return normal(Poisoned.apply(x[..., :Z] + p, marked(x)))
+
+    return assemble(encoder=encoder)
+
+
+def bad_scale(value: float) -> Callable[[], Autoencoder]:
+    def build() -> Autoencoder:
+        def decoder(z: Tensor, p: Tensor) -> Any:
+            scale = torch.where(marked(z), value, 1.0).expand(*z.shape[:-1], X)
+            return normal((z + p).repeat_interleave(X // Z, -1), scale)
+
+        return assemble(encoder=point, decoder=decoder)
+
+    return build
+
+
+FAULTS: list[tuple[Callable[[], Autoencoder], str]] = [
+    (broken_encoder, r"loss became .*: site 'z' of the guide drew a value .* \(its loc is not\)"),
+    (broken_encoder_scale, r"loss .*site 'z' .* \(its scale is not in GreaterThan.*\)"),
+    (broken_decoder, r"loss .*site 'x' of the model .* \(its loc is not\)"),
+    (bad_scale(math.nan), r"loss .*site 'x' of the model .* \(its scale is not\)"),
+    (bad_scale(0.0), r"loss .*site 'x' of the model .* \(its scale is not in GreaterThan.*\)"),
+    (
+        broken_gradient,
+        r"a gradient became NaN or infinite .*: the gradient of parameter encoder.parameter is "
+        r"not finite \(it belongs to the encoder, site 'z'\)",
+    ),
+]
+faults = pytest.mark.parametrize(("build", "message"), FAULTS)
+
+
+@faults
+def test_a_fault_names_site_step_and_datum(build: Callable[[], Autoencoder], message: str) -> None:
+    x, pair = with_marks(torch.zeros(20, X), 13), build()
+    before = state(pair)
+    torch.manual_seed(0)
+    order = torch.randperm(20).tolist()
+    step = order.index(13) // 3 + 1
+    with pytest.raises(FloatingPointError, match=rf"(?s){message}.*, at datum 13\..*epoch 0 again"):
+        fit(pair, x, epochs=2, batch_size=3)
+    with pytest.raises(FloatingPointError, match=rf"at epoch 1, step {step}:"):
+        fit(pair, x, epochs=2, batch_size=3)
+    assert_state(pair, before)
+
+
+@faults
+def test_a_batch_with_a_fault_is_skipped_and_counted(
+    build: Callable[[], Autoencoder], message: str
+) -> None:
+    torch.manual_seed(1)
+    clean = torch.randn(20, X)
+    x, pair = with_marks(clean, 13), build()
+    with pytest.warns(UserWarning, match=rf"(?s)fit leaves out a batch, as {message}.*datum 13"):
+        run = fit(pair, x, clean[:6], epochs=3, batch_size=3, on_fault="skip", lr=0.01)
+    assert run.skipped == 3
+    assert run.history["skipped"] == [1.0, 1.0, 1.0]
+    assert all(math.isfinite(v) for column in run.history.values() for v in column)
+    assert all(tensor.isfinite().all() for tensor in pair.state_dict().values())
+    good = fit(build(), clean, epochs=1, batch_size=3, lr=0.01, on_fault="skip")
+    assert (good.skipped, good.history["skipped"]) == (0, [0.0])
+    assert "skipped" not in fit(build(), clean, epochs=1).history
+
+
+def test_the_loss_is_the_mean_over_the_data_that_were_not_skipped() -> None:
+    x = with_marks(torch.zeros(20, X), 13)
+    run = fit_skipping(broken_decoder(), x, lr=1e-30, batch_size=4)
+    plain = fit(broken_decoder(), torch.zeros(20, X), lr=1e-30, batch_size=4, epochs=1)
+    assert run.history["loss"] == pytest.approx(plain.history["loss"], rel=1e-5)
+
+
+def fit_skipping(pair: Autoencoder, x: Any, **keywords: Any) -> probae.Run:
+    with pytest.warns(UserWarning, match="fit leaves out a batch"):
+        return fit(pair, x, torch.zeros(4, X), on_fault="skip", **{"epochs": 1, **keywords})
+
+
+def test_a_skipped_batch_leaves_no_trace() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(X)
+            self.linear = nn.Linear(X, 2 * Z)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.norm(x)).unflatten(-1, (2, Z))
+
+    def build() -> Autoencoder:
+        torch.manual_seed(0)
+        decoder = broken_decoder().decoder
+        return Autoencoder(probae.StandardNormalPrior(Z), probae.GaussianEncoder(Normed()), decoder)
+
+    class Breaking(probae.ELBO):
+        """Its loss, or a gradient, is not finite at these steps."""
+
+        def __init__(self, loss: tuple[int, ...] = (), gradient: tuple[int, ...] = ()) -> None:
+            super().__init__()
+            self._loss, self._gradient, self._step = loss, gradient, 0
+
+        def differentiable_loss(self, *arguments: Any, **keywords: Any) -> Tensor:
+            loss = super().differentiable_loss(*arguments, **keywords)
+            if not torch.is_grad_enabled():
+                return loss
+            self._step += 1
+            if self._step in self._gradient:
+                return Poisoned.apply(loss, torch.tensor(True))
+            return loss * math.inf if self._step in self._loss else loss
+
+    x = torch.randn(12, X)
+    reached: list[dict[str, Tensor]] = []
+    for objective in (Breaking(), Breaking(loss=(2,)), Breaking(gradient=(2,))):
+        pair = build()
+        states: list[dict[str, Tensor]] = []
+        spy = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=note(pair, states))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = fit(
+                pair, x, epochs=1, batch_size=4, objective=objective, on_fault="skip", schedule=spy
+            )
+        assert run.skipped == (objective._loss + objective._gradient != ())
+        # states after the start and after each of three steps
+        for name in states[0]:
+            unchanged = torch.equal(states[1][name], states[2][name])
+            assert unchanged == bool(run.skipped), name
+        reached.append(states[1])
+    assert all(torch.equal(reached[0][name], t) for name, t in reached[2].items())
+
+
+def note(pair: Autoencoder, states: list[dict[str, Tensor]]) -> Callable[[int], float]:
+    """A schedule of a constant rate that keeps what the encoder is after each step."""
+
+    def rate(step: int) -> float:
+        states.append(copy.deepcopy(pair.encoder.state_dict()))
+        return 1.0
+
+    return rate
+
+
+def test_too_many_faults_in_a_row_are_an_error() -> None:
+    pair, x = broken_decoder(), torch.full((40, X), MARK)
+    before = state(pair)
+    message = r"(?s)11 batches in a row had faults; the last: loss became nan at epoch 1, step 11: "
+    with (
+        pytest.warns(UserWarning, match="leaves out"),
+        pytest.raises(FloatingPointError, match=message + r"site 'x' .* datum \d+.*epoch 0 again"),
+    ):
+        fit(pair, x, torch.zeros(4, X), epochs=2, batch_size=2, on_fault="skip")
+    assert_state(pair, before)
+    with (
+        pytest.warns(UserWarning, match="leaves out"),
+        pytest.raises(FloatingPointError, match=r"no batch of epoch 1 was fit to .*: 10 were left"),
+    ):
+        fit(pair, x, torch.zeros(4, X), epochs=2, batch_size=4, on_fault="skip")
+    assert_state(pair, before)
+
+
+def test_a_matrix_without_rank_is_a_fault_like_others() -> None:
+    def encoder(x: Tensor, p: Tensor) -> Any:
+        matrix = torch.eye(Z) * torch.where(marked(x), -1.0, 1.0)[..., None]
+        return dist.MultivariateNormal(x[..., :Z] + p, scale_tril=torch.linalg.cholesky(matrix))
+
+    pair, x = assemble(encoder=encoder), with_marks(torch.zeros(20, X), 13)
+    with pytest.raises(FloatingPointError, match="a matrix lost its rank"):
+        fit(pair, x, torch.zeros(4, X), batch_size=3, epochs=1)
+    assert fit_skipping(pair, x, batch_size=3).skipped == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_dataset_that_gives_nan_now_and_then(num_workers: int) -> None:
+    x = torch.zeros(20, X)
+    x[13, 2] = math.nan
+    pair = assemble()
+    options: dict[str, Any] = {"batch_size": 3, "num_workers": num_workers}
+    with pytest.raises(ValueError, match=r"x must be finite.*13"):
+        fit(pair, TensorDataset(x), torch.zeros(4, X), epochs=1, **options)
+    run = fit_skipping(pair, TensorDataset(x), epochs=2, **options)
+    assert run.skipped == 2
+    assert all(math.isfinite(v) for column in run.history.values() for v in column)
+
+
+def test_finite_gradients_whose_norm_overflows_are_no_fault() -> None:
+    def decoder(z: Tensor, p: Tensor) -> Any:
+        return normal((z * 0 + p * 1e15).repeat_interleave(X // Z, -1), 1.0)
+
+    pair = assemble(decoder=decoder)
+    with torch.no_grad():
+        pair.decoder.parameter.fill_(1e-10)
+    optimizer = partial(torch.optim.SGD, momentum=0.0)
+    run = fit(pair, torch.zeros(4, X), epochs=1, lr=1e-35, optimizer=optimizer)
+    assert run.history["loss"][0] > 1e9

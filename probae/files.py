@@ -1,0 +1,152 @@
+"""Files that are never half written, and the strict reading of files that may be damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+MOST_JSON = 2**28  # bytes: a record of a run names the rows of its splits
+SEAL = "sha256"  # key of the checksum in a record that carries one
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[io.BufferedWriter]:
+    """Write beside ``file`` and move, so that it is never half there, not even after a crash."""
+    part = part_of(file)
+    try:
+        with fresh(part) as stream:
+            yield stream
+        move(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def part_of(file: Path) -> Path:
+    """Return the name of a file while it is being written."""
+    return file.with_name(f"{file.name}.part")
+
+
+@contextlib.contextmanager
+def fresh(file: Path) -> Iterator[io.BufferedWriter]:
+    """Open a file that was not there, and see to it that its content is on the disk at the end.
+
+    A link of that name is removed, not followed.
+    """
+    file.unlink(missing_ok=True)
+    with file.open("xb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def move(part: Path, file: Path) -> None:
+    """Rename a file, and see to it that the folder knows."""
+    os.replace(part, file)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with replacing(file) as stream:
+        stream.write(content)
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 of some bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_json(file: Path, most: int = MOST_JSON) -> Any:
+    """Read strict JSON of at most so many bytes, or raise a ValueError that names the file.
+
+    NaN, infinities, numbers that are too large for a float, and keys that come twice are refused.
+    """
+    size = file.stat().st_size
+    if size > most:
+        raise ValueError(f"{file} must have at most {most} bytes, got {size}; it is not probae's")
+    try:
+        return json.loads(
+            file.read_bytes().decode("utf-8"),
+            parse_constant=_no_number,
+            parse_float=_finite,
+            object_pairs_hook=_distinct,
+        )
+    except (ValueError, RecursionError) as error:  # of UTF-8, of JSON, of its depth
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large")
+    return value
+
+
+def _distinct(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(items)
+    if len(record) < len(items):
+        raise ValueError("a key comes twice in an object")
+    return record
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with its checksum, for which white space does not count."""
+    record = {key: value for key, value in record.items() if key != SEAL}
+    return {**record, SEAL: _checksum(record)}
+
+
+def require_seal(record: dict[str, Any], file: Path) -> None:
+    """Raise a ValueError unless the record is as it was sealed."""
+    found = {key: value for key, value in record.items() if key != SEAL}
+    if record.get(SEAL) != _checksum(found):
+        raise ValueError(
+            f"{file} is damaged: its checksum does not fit what it holds; take it from a copy, or "
+            "make it again"
+        )
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return digest(json.dumps(record, separators=(",", ":")).encode())
+
+
+def parse_tensors(content: bytes, file: Path) -> dict[str, Tensor]:
+    """Return the tensors in the bytes of a safetensors file, or raise a ValueError naming it."""
+    try:
+        return safetensors.torch.load(content)
+    except (
+        safetensors.SafetensorError,
+        KeyError,  # a dtype that torch has no name for
+        ValueError,
+        TypeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file, or raise a ValueError."""
+    content = file.read_bytes()
+    tensors = parse_tensors(content, file)
+    length = int.from_bytes(content[:8], "little")  # within the file, as it was parsed
+    return tensors, json.loads(content[8 : 8 + length]).get("__metadata__", {})
