@@ -329,18 +329,19 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _fit(args: argparse.Namespace) -> None:
-    place = args.out.with_name(f"{args.out.name}.checkpoint")
+    out = args.out.expanduser().resolve()
+    place = out.with_name(f"{out.name}.checkpoint")
     with distributed.joined(args.device) as args.device:
         if not distributed.is_main():  # it helps, and writes nothing
             if _train(args, None, None, place)[1]["interrupted"]:
                 raise KeyboardInterrupt
             return
-        replaces = _prepare(args, place)
-        with (
-            _left_if_of_use(place),
-            staged(args.out, RUN_FILE, RUN_FORMAT, replaces) as folder,
-        ):
-            _, record = _train(args, folder, folder, place)
+        unfinished = _unfinished(args, place)
+        with staged(args.out, RUN_FILE, RUN_FORMAT, args.overwrite or unfinished) as folder:
+            if not unfinished:
+                _remove(place)
+            with contextlib.nullcontext() if unfinished else _left_if_of_use(place):
+                _, record = _train(args, folder, folder, place)
             names = sorted(path.name for path in folder.iterdir())
         if record["interrupted"]:
             raise KeyboardInterrupt(f"wrote {args.out} as it stands; {_goes_on(place)}")
@@ -350,23 +351,21 @@ def _fit(args: argparse.Namespace) -> None:
         print(f"wrote {args.out}: {', '.join(names)}")
 
 
-def _prepare(args: argparse.Namespace, place: Path) -> bool:
-    """Return whether an earlier run may be replaced; refuse to begin over an unfinished one."""
-    if (place / checkpoints.FILE).exists():
-        if args.resume:
-            return True
-        if not args.overwrite:
-            raise ValueError(
-                f"{place} holds the checkpoint of an unfinished run; pass --resume to go on with "
-                "it, or --overwrite to begin anew"
-            )
-        _remove(place)
-    return bool(args.overwrite)
+def _unfinished(args: argparse.Namespace, place: Path) -> bool:
+    """Return whether there is a run to go on with; refuse to begin over it without leave."""
+    if not (place / checkpoints.FILE).exists():
+        return False
+    if not args.resume and not args.overwrite:
+        raise ValueError(
+            f"{place} holds the checkpoint of an unfinished run; pass --resume to go on with it, "
+            "or --overwrite to begin anew"
+        )
+    return bool(args.resume)
 
 
 @contextlib.contextmanager
 def _left_if_of_use(place: Path) -> Iterator[None]:
-    """Remove a checkpoint after an error, if not even an epoch would be lost."""
+    """Remove the checkpoint of a run that met an error before an epoch was whole."""
     try:
         yield
     except (ValueError, FloatingPointError):

@@ -664,7 +664,7 @@ def test_steps_that_are_too_large_leave_the_numbers_unless_they_are_corrected() 
         (lambda p, x: probae.langevin(p, x, 5, 0.1, num_nodes=0), "num_nodes must be an int >= 1"),
         (lambda p, x: probae.langevin(p, x, 5, 0.1, thin=0), "thin must be an int >= 1"),
         (lambda p, x: probae.annealed_denoising([], x), "pairs is empty"),
-        (lambda p, x: probae.annealed_denoising(3, x), "pair must be a probae.Autoencoder"),
+        (lambda p, x: probae.annealed_denoising(3, x), "pairs must be a probae.Autoencoder"),
         (lambda p, x: probae.annealed_denoising([p, p], x), r"decreasing noise, got .*0\.5, 0\.5"),
         (lambda p, x: probae.annealed_denoising(p, x, num_steps=0), "num_steps must be an int"),
         (

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -580,6 +581,78 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
+def signalled(monkeypatch: pytest.MonkeyPatch, number: int, step: int) -> None:
+    """Let the process get a signal in that step of the next training."""
+    real, steps = probae.fit, [0]
+
+    def fit(*arguments: Any, objective: Any, **keywords: Any) -> probae.Run:
+        plain = objective.differentiable_loss
+
+        def loss(*programs: Any) -> torch.Tensor:
+            steps[0] += torch.is_grad_enabled()
+            if steps[0] == step and torch.is_grad_enabled():
+                signal.raise_signal(number)
+            return plain(*programs)
+
+        objective.differentiable_loss = loss
+        return real(*arguments, objective=objective, **keywords)
+
+    monkeypatch.setattr(cli, "fit", fit)
+
+
+LONG = ["fit", "vae", "--data", "digits", "--batch-size", "500", *FAST, "--out"]  # 3 steps an epoch
+NAMED = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+@pytest.mark.parametrize("number", NAMED, ids=NAMED.values())
+@pytest.mark.parametrize("step", [2, 5])
+def test_after_a_signal_the_same_command_goes_on(
+    number: int, step: int, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, place = tmp_path / "run", tmp_path / "run.checkpoint" / "checkpoint.safetensors"
+    handler = signal.getsignal(number)
+    signalled(monkeypatch, number, step)
+    stopped = probae_cli(*LONG, run)
+    assert stopped.status == 130
+    assert signal.getsignal(number) == handler
+    monkeypatch.undo()
+    goes_on = f"the same command with --resume goes on from {place}\n"
+    if step == 2:
+        assert stopped.err == f"probae: interrupted; no epoch is whole yet; {goes_on}"
+        assert not run.exists()
+    else:
+        assert stopped.err == f"probae: interrupted; wrote {run} as it stands; {goes_on}"
+        assert read(run / "run.json")["interrupted"] is True
+        assert len(read(run / "history.json")["loss"]) == 1
+        succeed("evaluate", run, "--method", "elbo", "-k", 1, "--limit", 3)
+    assert place.exists()
+    assert "pass --resume to go on with it, or --overwrite" in fail(*LONG, run)
+    assert "lr (was 0.001, is 0.1)" in fail(*LONG, run, "--resume", "--lr", "0.1")
+    assert place.exists(), "a slip of the hand must not cost the run"
+    succeed(*LONG, run, "--resume")
+    succeed(*LONG, tmp_path / "whole", "--resume")  # nothing to go on from: it begins
+    weights = [(tmp_path / name / "pair.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
+    assert read(run / "run.json")["interrupted"] is False
+    assert names_in(tmp_path / "run") == names_in(vae)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
+
+
+def test_a_kept_checkpoint_is_trained_on_from(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    succeed(*LONG, run, "--keep-checkpoint")
+    assert names_in(tmp_path / "run.checkpoint") == ["checkpoint.safetensors"]
+    succeed(*LONG, run, "--resume", "--epochs", 3, "--keep-checkpoint")
+    assert len(read(run / "history.json")["loss"]) == 3
+    succeed(*LONG, run, "--overwrite")
+    assert len(read(run / "history.json")["loss"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    succeed(*LONG, run, "--overwrite", "--keep-checkpoint")
+    (run / "run.json").write_text("{}")
+    assert "holds no earlier run" in fail(*LONG, run, "--overwrite")
+    assert (tmp_path / "run.checkpoint").exists(), "it was refused, so nothing goes"
+
+
 @pytest.mark.parametrize("command", ["demo", "fit", "evaluate", "sample"])
 def test_help_tells_every_default(command: str) -> None:
     out = succeed(command, "--help")
@@ -609,7 +682,7 @@ def test_console_script_in_a_narrow_terminal(vae: Path, tmp_path: Path) -> None:
 
 def test_module_runs_and_fails_in_one_line() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "probae.cli", "evaluate", "no-such-run"],
+        [sys.executable, "-m", "probae", "evaluate", "no-such-run"],
         capture_output=True,
         text=True,
         check=False,

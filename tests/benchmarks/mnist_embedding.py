@@ -54,7 +54,7 @@ def others(with_umap: bool) -> dict[str, Any]:
 
 
 def run(
-    epochs: int = 15,
+    epochs: int = 10,
     hidden: tuple[int, ...] = (500, 500),
     names: tuple[str, ...] = tuple(PAIRS),
     with_umap: bool = True,
@@ -126,7 +126,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """Run the experiment and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--hidden", type=int, nargs="+", default=[500, 500])
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--no-umap", action="store_true", help="leave UMAP out, which takes long")

@@ -92,7 +92,7 @@ def look_up(codes: Tensor, queries: Tensor, repeats: int) -> dict[str, float]:
 
 
 def run(
-    epochs: int = 10,
+    epochs: int = 8,
     units: int = 500,
     bits: tuple[int, ...] = BITS,
     limit: int = 60_000,
@@ -163,7 +163,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """Run the experiment and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--units", type=int, default=500)
     parser.add_argument("--no-timing", action="store_true", help="do without faiss")
     parser.add_argument("--out", type=Path, help="write every figure to this JSON file")

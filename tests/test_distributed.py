@@ -1,0 +1,174 @@
+"""Several processes: the steps of one, the values of one, and an end when one of them ends."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing import start_processes
+
+import probae
+from probae import distributed
+
+from .benchmarks import two_processes
+
+X, Z, WORLD = 6, 2, 3
+
+
+def undercomplete() -> probae.Autoencoder:
+    torch.manual_seed(0)
+    return probae.UndercompleteAutoencoder(X, Z, hidden=(5,))
+
+
+class Normed(nn.Module):
+    """A network with batch norm, whose statistics are those of a process's share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(X, 5), nn.BatchNorm1d(5), nn.Linear(5, 2 * Z))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).unflatten(-1, (2, Z))
+
+
+def vae() -> probae.Autoencoder:
+    torch.manual_seed(0)
+    decoder = probae.GaussianDecoder(probae.MLP(Z, X, (5,)))
+    return probae.Autoencoder(
+        probae.StandardNormalPrior(Z), probae.GaussianEncoder(Normed()), decoder
+    )
+
+
+def data(n: int = 50) -> Tensor:
+    return torch.randn(n, X, generator=torch.Generator().manual_seed(3))
+
+
+def broken() -> Tensor:
+    """Return data one of which has a loss that is not finite."""
+    x = data()
+    x[17] = 1e30
+    return x
+
+
+FITS: dict[str, tuple[Callable[[], probae.Autoencoder], Callable[[], Tensor], dict[str, Any]]] = {
+    # batches of 8 make shares of 3, 3 and 2; the last one, of 2, leaves a process without a datum
+    "undercomplete": (undercomplete, data, {"schedule": "cosine", "clip_norm": 1.0}),
+    "vae": (vae, partial(data, 48), {}),  # batch norm takes no share of one datum
+    "fault": (undercomplete, broken, {"on_fault": "skip"}),
+}
+
+
+def train(name: str) -> tuple[probae.Autoencoder, probae.Run]:
+    build, make, options = FITS[name]
+    pair = build()
+    x = make()
+    run = probae.fit(pair, x, x[:10], epochs=3, batch_size=8, progress=False, **options)
+    return pair, run
+
+
+def evaluate(method: str, estimate: Callable[..., probae.LogLikelihood]) -> probae.LogLikelihood:
+    torch.manual_seed(0)
+    return estimate(probae.PPCA(X, Z), data(1203), method, None if method == "exact" else 7)
+
+
+def worker(rank: int, folder: str) -> None:
+    """Train and evaluate as one of a group, and write what came of it."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    result: dict[str, Any] = {}
+    for name in FITS:
+        pair, run = train(name)
+        result[name] = {
+            "history": {key: value for key, value in run.history.items() if key != "seconds"},
+            "parameters": [p.detach().flatten().tolist() for p in pair.state_dict().values()],
+            "skipped": run.skipped,
+            "eager_because": run.eager_because,
+        }
+    for method in ("exact", "iwae"):
+        ll = evaluate(method, distributed.shared_log_likelihood)
+        result[method] = [ll.values.tolist(), ll.std_error.tolist()]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return what each process of a group of three found."""
+    folder = tmp_path_factory.mktemp("group")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        start_processes(worker, (str(folder),), nprocs=WORLD, start_method="spawn")
+    files = [folder / f"{rank}.json" for rank in range(WORLD)]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def test_all_processes_end_alike(results: list[dict[str, Any]]) -> None:
+    assert results[1] == results[0]
+    assert results[2] == results[0]
+
+
+@pytest.mark.parametrize("name", ["undercomplete", "fault"])
+def test_without_sampling_processes_take_the_steps_of_one(
+    name: str, results: list[dict[str, Any]]
+) -> None:
+    if name == "fault":
+        with pytest.warns(UserWarning, match="fit leaves out a batch"):
+            pair, run = train(name)
+    else:
+        pair, run = train(name)
+    found = results[0][name]
+    assert found["skipped"] == run.skipped == (3 if name == "fault" else 0)
+    for key, values in found["history"].items():
+        assert values == pytest.approx(run.history[key], rel=1e-5, abs=1e-6), key
+    for p, q in zip(pair.state_dict().values(), found["parameters"], strict=True):
+        torch.testing.assert_close(p.flatten(), torch.tensor(q), rtol=1e-4, atol=1e-6)
+
+
+def test_with_sampling_they_draw_other_noise_of_the_same_law(results: list[dict[str, Any]]) -> None:
+    _, run = train("vae")
+    found = results[0]["vae"]["history"]
+    assert found["loss"] != run.history["loss"]
+    # 48 data a pass: the noise of a loss is about 0.2 nats
+    assert found["loss"] == pytest.approx(run.history["loss"], abs=1.0)
+    assert all(map(math.isfinite, (v for column in found.values() for v in column)))
+    assert found["loss"][-1] < found["loss"][0]
+
+
+def test_values_do_not_depend_on_the_number_of_processes(results: list[dict[str, Any]]) -> None:
+    exact = evaluate("exact", probae.log_likelihood)
+    assert results[0]["exact"][0] == pytest.approx(exact.values.tolist(), rel=1e-6)
+    one = evaluate("iwae", distributed.shared_log_likelihood)
+    assert results[0]["iwae"] == [one.values.tolist(), one.std_error.tolist()]
+
+
+def test_a_killed_worker_ends_the_run_and_leaves_a_checkpoint(tmp_path: Path) -> None:
+    result = two_processes.kill_a_worker(tmp_path)
+    assert result["exit_status"] != 0
+    assert result["seconds_until_all_ended"] < 60
+    assert any("lost contact" in message for message in result["messages"]), result["messages"]
+    assert result["resumed_status"] == 0, result["resumed_note"]
+    assert result["epochs_in_all"] == result["epoch_of_the_checkpoint"] + 1
+
+
+def test_one_process_needs_no_group() -> None:
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    x = data(5)
+    assert distributed.add_up(x) is x
+    assert distributed.share_of(x) is x
+    assert distributed.gathered(x) == [x]
+    assert distributed.bytes_from_main(b"abc") == b"abc"
+
+
+@pytest.mark.parametrize("seed", [None, True, 1.5])
+def test_shared_evaluation_needs_a_seed(seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed must be an int"):
+        probae.shared_log_likelihood(probae.PPCA(X, Z), data(5), seed=seed)
