@@ -179,6 +179,12 @@ def fit_adversarial(
         require_positive(value, argument)
     discriminator = _require_adversarial(pair)
     _check_parts(pair, discriminator, weight, gradient_penalty)
+    judged = {id(p) for part in (pair.encoder, pair.decoder) for p in part.parameters()}
+    if any(id(p) in judged for p in discriminator.parameters()):
+        raise ValueError(
+            "discriminator must not share parameters with encoder or decoder, which pull them the "
+            "other way; give it a network of its own"
+        )
     require_flag(progress, "progress")
     require_gradients("fit_adversarial")
     devices = {pair.device}
@@ -269,7 +275,7 @@ def adversarial_elbo(
         )
     require_count(num_samples, "num_samples")
     data = as_tensor(x, "x").to(pair.device, pair.dtype)
-    check_support(pair, data, "x", binarize=False, strict=False)
+    check_support(pair, data, "x", binarize=False, strict=True)
     rows, results = rows_in_budget(pair), []
     with frozen(pair, seed):
         for chunk, _ in chunks(data, max(1, rows // num_samples)):
@@ -279,16 +285,12 @@ def adversarial_elbo(
                 seen = chunk.expand(count, *chunk.shape)
                 logit = discriminator(seen, z).logits
                 parts.append(torch.stack([pair.decoder(z).log_prob(chunk), logit]).double())
-            results.append(torch.cat(parts, 1))  # (2, K, n)
-    reconstruction, divergence = torch.cat(results, 2)
-    values = reconstruction - divergence
-    spread = values.std(0) if num_samples > 1 else torch.full_like(values[0], math.nan)
-    return AdversarialELBO(
-        values.mean(0),
-        spread / math.sqrt(num_samples),
-        reconstruction.mean(0),
-        divergence.mean(0),
-    )
+            terms = torch.cat(parts, 1)  # (2, K, n)
+            values = terms[0] - terms[1]
+            spread = values.std(0) if num_samples > 1 else torch.full_like(values[0], math.nan)
+            results.append(torch.stack([values.mean(0), spread, *terms.mean(1)]))
+    mean, spread, reconstruction, divergence = torch.cat(results, 1)
+    return AdversarialELBO(mean, spread / math.sqrt(num_samples), reconstruction, divergence)
 
 
 class _Player:

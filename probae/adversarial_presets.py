@@ -140,7 +140,7 @@ class AdversarialAutoencoder(Autoencoder):
         x_shape, z_dim = _dimensions(x_dim, z_dim)
         if not isinstance(posterior, str):
             raise ValueError(f"posterior must be a name, a str, got {type(posterior).__name__}")
-        if not isinstance(posterior, str) or posterior not in ("point", "gaussian", "implicit"):
+        if posterior not in ("point", "gaussian", "implicit"):
             raise ValueError(
                 f"posterior must be 'point', 'gaussian' or 'implicit', got {posterior!r}"
             )

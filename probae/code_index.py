@@ -103,6 +103,7 @@ class CodeIndex:
         self._codes = _as_codes(codes, metric, "codes").copy()
         self._columns = self._codes.shape[1]
         self._index: _BitIndex | _RealIndex
+        self._double: _RealIndex | None = None  # where float32 cannot tell
         if metric == "hamming":
             self._index = _BitIndex(self._codes, self.backend)
         else:
@@ -180,7 +181,9 @@ class CodeIndex:
         """Return codes (..., z_dim) in float64, between which L2 orders as the metric does."""
         codes = codes.astype(np.float64)
         if self.metric == "cosine":
-            return codes / np.linalg.norm(codes, axis=-1, keepdims=True)
+            # of any size; rounded, so that codes of one direction are equally near
+            codes = codes / np.abs(codes).max(-1, keepdims=True)
+            return np.round(codes / np.linalg.norm(codes, axis=-1, keepdims=True), 12)
         return codes
 
     def _exact(self, asked: Array, found: Array) -> Array:
@@ -190,17 +193,27 @@ class CodeIndex:
     def _distance(self, square: Array) -> Array:
         return square / 2 if self.metric == "cosine" else np.sqrt(square)
 
-    def _nearest(self, asked: Array, k: int) -> tuple[Array, Array]:
+    def _nearest(
+        self, asked: Array, k: int, index: _RealIndex | None = None
+    ) -> tuple[Array, Array]:
         """Rank a few more candidates than k; where these cannot be enough, rank all codes."""
-        assert isinstance(self._index, _RealIndex)
+        if index is None:
+            assert isinstance(self._index, _RealIndex)
+            index = self._index
         count = min(len(self), k + MARGIN)
-        rounded, found, slack = self._index.nearest(self._flat(asked), count)
+        rounded, found, slack = index.nearest(self._flat(asked), count)
         square = self._exact(asked[:, None], self._codes[found])  # (Q, count)
         order = np.lexsort((found, square))[:, :k]
         square, found = (np.take_along_axis(part, order, 1) for part in (square, found))
         sure = (found >= 0).all(1)  # faiss finds nothing beyond the range of float32
         if count < len(self):  # what was left out is no nearer than the last, as far as rounded
             sure &= square[:, -1] < rounded.max(1) - slack
+        if index.faiss and not sure.all():  # float64 tells most of the others apart
+            if self._double is None:
+                self._double = _RealIndex(self._flat(self._codes), "sklearn")
+            distances = self._distance(square)
+            distances[~sure], found[~sure] = self._nearest(asked[~sure], k, self._double)
+            return distances, found
         for row in np.flatnonzero(~sure):
             blocks = np.array_split(self._codes, -(-self._codes.size // BLOCK))
             every = np.concatenate([self._exact(asked[row], block) for block in blocks])
@@ -296,12 +309,20 @@ class _RealIndex:
     def ball(self, asked: Array, bound: float) -> tuple[Array, Array]:
         """Return counts (Q,) and indices of all codes whose square may be within a bound."""
         asked = self._moved(asked)
-        bound = bound / self.unit**2 + float(self._slack(asked).max())
+        bound = bound / self.unit**2
+        # no code is beyond 1, so that a query from far away has none in its ball
+        close = np.linalg.norm(asked, axis=1) <= (1 + math.sqrt(bound)) * (1 + 1e-6)
+        counts = np.zeros(len(asked), dtype=np.int64)
+        if not close.any():
+            return counts, np.empty(0, dtype=np.int64)
+        asked = asked[close]
+        bound += float(self._slack(asked).max())
         if self.faiss:
             limits, _, indices = self.index.range_search(asked.astype(np.float32), bound)
-            return np.diff(limits.astype(np.int64)), indices
+            counts[close] = np.diff(limits.astype(np.int64))
+            return counts, indices
         _, indices = self.index.radius_neighbors(asked, bound)
-        counts = np.array([len(found) for found in indices], dtype=np.int64)
+        counts[close] = [len(found) for found in indices]
         return counts, np.concatenate(indices)
 
     def _moved(self, codes: Array) -> Array:
@@ -309,7 +330,8 @@ class _RealIndex:
 
     def _slack(self, asked: Array) -> Array:
         """Return a bound on the error of squares that are computed in float32, (Q,)."""
-        units = 4 * (asked.shape[1] + 2) * np.finfo(np.float32).eps
+        kind = np.float32 if self.faiss else np.float64
+        units = 4 * (asked.shape[1] + 2) * float(np.finfo(kind).eps)
         return units * (np.linalg.norm(asked, axis=1) + 1) ** 2  # no code is beyond 1
 
 
@@ -360,6 +382,11 @@ def _as_codes(codes: Any, metric: str, argument: str) -> Array:
                 "with z.flatten(1)"
             )
         array = real.detach().cpu().numpy()
+        if metric == "l2" and array.size and float(np.abs(array).max()) > 1e150:
+            raise ValueError(
+                f"{argument} must be below 1e150 in size for metric='l2', which squares distances, "
+                f"got {np.abs(array).max():g}; scale the codes"
+            )
         lost = ~array.any(1)
         if metric == "cosine" and lost.any():
             raise ValueError(

@@ -185,10 +185,14 @@ def compare_embeddings(
         _check_method(name, method, fitted, held_out)
     require_count(seed, "seed", least=0)
     chosen = np.random.default_rng(seed).permutation(len(held_out))[:ranked]
-    rows = tuple(
-        _score(name, method, fitted, held_out, labels, k, chosen)
-        for name, method in methods.items()
-    )
+    before = np.random.get_state()  # noqa: NPY002 - what a transformer without a seed draws from
+    try:
+        rows = tuple(
+            _score(name, method, fitted, held_out, labels, k, chosen)
+            for name, method in methods.items()
+        )
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
     return EmbeddingComparison(rows, k, len(held_out), ranked)
 
 
@@ -338,11 +342,14 @@ def _check_method(name: Any, method: Any, train: Tensor, test: Tensor) -> None:
         for argument, x in (("train", train), ("test", test)):
             check_support(pair, to_pair(pair, x), argument, binarize=False, strict=False)
         return
+    from sklearn.base import BaseEstimator  # type: ignore[import-untyped, unused-ignore]
+
     both = hasattr(method, "fit") and hasattr(method, "transform")
-    if isinstance(method, type) or not (both or hasattr(method, "fit_transform")):
+    able = isinstance(method, BaseEstimator) and (both or hasattr(method, "fit_transform"))
+    if not able:
         raise ValueError(
-            f"methods[{name!r}] must be a pair, (pair, run), or an object with fit and transform "
-            f"such as PCA(10), got {method!r}"
+            f"methods[{name!r}] must be a pair, (pair, run), or an estimator of scikit-learn with "
+            f"fit and transform, such as PCA(10), got {method!r}"
         )
 
 

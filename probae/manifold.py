@@ -28,7 +28,7 @@ ROUND = 20  # iterations of L-BFGS between two looks at the energy
 
 
 class Geodesic(NamedTuple):
-    """The shortest way between codes, as points at equal distances.
+    """The shortest way between codes, as points at nearly equal distances.
 
     Example:
         >>> import torch, probae
@@ -117,18 +117,19 @@ def geodesic(
     r"""Go from one code to another on the shortest way under the :func:`pullback_metric`.
 
     .. math:: \min_{z_2, \dots, z_{T-1}} \; (T - 1) \sum_{t=1}^{T-1} J(z_t, z_{t+1}),\quad
-              J(z, z') = KL(p_z \| p_{z'}) + KL(p_{z'} \| p_z) = dz^T G\, dz + O(|dz|^4)
+              J(z, z') = KL(p_z \| p_{z'}) + KL(p_{z'} \| p_z)
+              = dz^T G\big(\tfrac{z + z'}2\big)\, dz + O(|dz|^4)
 
     with p_z = p(x|z): a discrete energy under the metric G, without a Jacobian. For a Gaussian
-    decoder of one scale J is :math:`\|g(z) - g(z')\|^2 / \sigma^2`. At the minimum all steps are of
-    one length, and the chain tends to the geodesic as T grows; its length is
-    :math:`\sum_t \sqrt{J(z_t, z_{t+1})}`. Where the decoder maps far codes close together, or the
-    straight line leaves what it has learned, the geodesic bends around.
+    decoder of one scale J is :math:`\|g(z) - g(z')\|^2 / \sigma^2`. As T grows, the steps tend to
+    one length and the chain to the geodesic; its length is :math:`\sum_t \sqrt{J(z_t, z_{t+1})}`.
+    Where the decoder maps far codes close together, or the straight line leaves what it has
+    learned, the geodesic bends around.
 
-    It is found from the straight line on, by L-BFGS in coordinates in which the steps of a flat
-    metric are independent; so it is a local minimum, and the length an upper bound on that of the
-    shortest chain. Where there are
-    no data, it is as good as the decoder extrapolates.
+    It is found from a place beside the straight line on, by L-BFGS in coordinates in which the
+    steps of a flat metric are independent; so it is a local minimum, and the length an upper bound
+    on that of the shortest chain. Where there are no data, it is as good as the decoder
+    extrapolates.
 
     Args:
         pair: a pair with continuous codes, and a decoder that is a product over the entries of x,
@@ -237,7 +238,12 @@ def _shortest(
     springs = 2 * torch.eye(inner).double() - beside.diag(1) - beside.diag(-1)
     upper = torch.linalg.cholesky(springs).mT.to(start)
     with torch.enable_grad():
-        bend = line.new_zeros(inner, start.numel()).requires_grad_()
+        # no gradient leads off a line over the very top of a hill: begin a little beside it
+        aside = torch.randn(
+            inner, 1, *start.shape[1:], generator=torch.Generator().manual_seed(0)
+        ).to(start)
+        reach = (end - start).flatten(1).norm(dim=1).reshape(-1, *[1] * (start.dim() - 1))
+        bend = (1e-3 / inner * reach * aside).flatten(1).requires_grad_()
 
         def chain() -> Tensor:
             moved = torch.linalg.solve_triangular(upper, bend, upper=True)
@@ -272,9 +278,16 @@ def _shortest(
             before, after = after, energies().detach()
             if ((before - after).abs() <= tolerance * before).all():
                 break
-    z = chain().detach()
+    z, converged = chain().detach(), (before - after).abs() <= tolerance * before
     length, straight = (_steps(pair, way).clamp(min=0).sqrt().sum(0) for way in (z, line))
-    return z, length, straight, (before - after).abs() <= tolerance * before
+    found = z, length, straight, converged
+    for i in (~converged).nonzero().flatten().tolist() if len(start) > 1 else ():
+        one = slice(i, i + 1)  # by itself: the memory of L-BFGS is shared by all of a block
+        alone = _shortest(pair, start[one], end[one], num_points, max_iterations, tolerance)
+        z[:, one] = alone[0]
+        for whole, part in zip(found[1:], alone[1:], strict=True):
+            whole[one] = part
+    return found
 
 
 def _steps(pair: Autoencoder, z: Tensor) -> Tensor:

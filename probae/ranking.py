@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from .code_index import METRICS, _as_codes
 from .part import require_count
@@ -270,7 +269,11 @@ class _Task:
         made = torch.from_numpy(_as_codes(codes, self.metric, argument))
         if self.metric == "hamming":
             return made
-        return normalize(made.double(), dim=1) if self.metric == "cosine" else made.double()
+        made = made.double()
+        if self.metric == "cosine":  # rounded, so that codes of one direction are equally near
+            made = made / made.abs().amax(1, keepdim=True)  # of any size
+            return (made / made.norm(dim=1, keepdim=True)).round(decimals=12)
+        return made
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield distances and relevance, (rows, N) both, for some queries at a time."""

@@ -5,7 +5,8 @@ autoencoder, plain, denoising and contractive, all of the same widths and for as
 fresh points the plane of :func:`probae.tangent_basis` is compared with the true one by the largest
 principal angle between them, and :func:`probae.intrinsic_dimension` with the true dimension. The
 three settings (noise, weight, widths) are the same for all manifolds; they were chosen on the
-Swiss roll with one seed.
+Swiss roll with seed 0, which is not among those reported. With 64 codes for two or three
+dimensions a plain autoencoder may learn the identity, and nothing of the manifold.
 
     python -m tests.benchmarks.manifold_planes --out planes.json
 """
@@ -125,7 +126,7 @@ def measure(name: str, model: str, seed: int, share: float = 1.0) -> dict[str, f
 
 
 def run(
-    seeds: tuple[int, ...] = (0, 1, 2), names: tuple[str, ...] = tuple(MANIFOLDS), share: float = 1
+    seeds: tuple[int, ...] = (1, 2, 3), names: tuple[str, ...] = tuple(MANIFOLDS), share: float = 1
 ) -> dict[str, Any]:
     """Train every model on every manifold from every seed, and return every figure."""
     rows: dict[str, list[dict[str, float]]] = {}
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--manifolds", nargs="+", choices=list(MANIFOLDS), default=list(MANIFOLDS))
     parser.add_argument("--out", type=Path, help="write every figure to this JSON file")
     arguments = parser.parse_args()
-    result = run(tuple(range(arguments.seeds)), tuple(arguments.manifolds))
+    result = run(tuple(range(1, 1 + arguments.seeds)), tuple(arguments.manifolds))
     print(table(result))
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

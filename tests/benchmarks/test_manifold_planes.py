@@ -14,9 +14,10 @@ def test_noise_and_contraction_find_the_manifold() -> None:
     rows = result["rows"]
     for name in manifold_planes.MANIFOLDS:
         plain = statistics.median(one["right"] for one in rows[f"{name}, AE"])
+        worse = statistics.median(one["angle"] for one in rows[f"{name}, AE"])
         for model in ("DAE", "CAE"):
             row = rows[f"{name}, {model}"]
-            assert statistics.median(one["angle"] for one in row) < 5
+            assert statistics.median(one["angle"] for one in row) < min(5, worse / 2)
             assert all(one["dimension"] == one["true_dimension"] for one in row)
             assert statistics.median(one["right"] for one in row) > plain + 0.5
 
