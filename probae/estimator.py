@@ -224,6 +224,8 @@ class AutoencoderEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             seed=seed,
             progress=bool(self.verbose),
         )
+        if self.run_.interrupted:  # so that a search over many fits ends, too
+            raise KeyboardInterrupt
         self.pair_ = pair
         self._n_features_out = numel(pair.z_shape)
         return self

@@ -201,7 +201,7 @@ class Training:
                 loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
             value = float(loss.detach())
         except ValueError:  # those checks refuse NaN, but name no site
-            _set_noise(streams)
+            _set_noise(streams, self.pair.device)
             if find_fault(self.pair, batch) is None:
                 raise
             return math.nan, None
@@ -213,7 +213,7 @@ class Training:
         """Return the fault of a loss that is not finite."""
 
         def find() -> str | None:
-            _set_noise(streams)
+            _set_noise(streams, self.pair.device)
             return find_fault(self.pair, batch, places)
 
         return _Fault(f"loss became {value}", find)
@@ -229,7 +229,7 @@ class Training:
             names = [name for name, p in self.pair.named_parameters() if id(p) in broken]
 
             def find() -> str | None:
-                _set_noise(streams)
+                _set_noise(streams, self.pair.device)
                 return broken_gradient(self.pair, self.objective, batch, places, names)
 
             raise _Fault("a gradient became NaN or infinite", find)
@@ -481,10 +481,10 @@ def _noise(device: torch.device) -> _Noise:
     )
 
 
-def _set_noise(streams: _Noise) -> None:
+def _set_noise(streams: _Noise, device: torch.device) -> None:
     torch.set_rng_state(streams[0])
     if streams[1] is not None:
-        torch.cuda.set_rng_state(streams[1])
+        torch.cuda.set_rng_state(streams[1], device)
 
 
 def streams_of_all(device: torch.device) -> list[dict[str, Tensor]]:

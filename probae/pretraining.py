@@ -98,6 +98,8 @@ def pretrain(
                 seed=seed,
                 progress=progress,
             )
+            if run.interrupted:  # which fit takes for the end of its own work alone
+                raise KeyboardInterrupt
             runs.append(run)
             if stage is not stages[-1]:
                 with frozen(stage, seed=0):  # in chunks, so that only the layer itself is held

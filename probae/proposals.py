@@ -83,7 +83,9 @@ def fit_proposal(
             raise ValueError("encoder must hold numbers, but is on the device 'meta'")
         encoder.to(pair.device, pair.dtype)
     with _fixed(pair.prior, pair.decoder):
-        fit(Autoencoder(pair.prior, encoder, pair.decoder), x, val, **options)
+        run = fit(Autoencoder(pair.prior, encoder, pair.decoder), x, val, **options)
+    if run.interrupted:  # which fit takes for the end of its own work alone
+        raise KeyboardInterrupt
     return encoder
 
 

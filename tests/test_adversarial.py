@@ -723,3 +723,25 @@ def test_image_presets_train() -> None:
         run = probae.fit_adversarial(pair, x, epochs=1, progress=False)
         assert math.isfinite(run.history["loss"][0])
         assert probae.sample(pair, 2).x.shape == (2, 1, 8, 8)
+
+
+def test_a_discriminator_that_shares_the_encoder_is_refused() -> None:
+    network = probae.MLP(5, 2, (4,))
+    judge = probae.Discriminator(nn.Sequential(nn.Linear(2, 1)), "code")
+    made = probae.Autoencoder(
+        probae.StandardNormalPrior(2),
+        probae.PointEncoder(network),
+        probae.GaussianDecoder(probae.MLP(2, 5)),
+        discriminator=judge,
+    )
+    judge.network.append(nn.Linear(1, 1))
+    judge.network.insert(0, nn.Linear(2, 2))
+    judge.shared = network
+    with pytest.raises(ValueError, match="discriminator must not share parameters"):
+        probae.fit_adversarial(made, data(20), epochs=1, progress=False)
+
+
+def test_grey_pixels_have_no_adversarial_elbo_under_bernoulli() -> None:
+    made = probae.AdversarialVariationalBayes(5, 2, likelihood="bernoulli", hidden=(4,))
+    with pytest.raises(ValueError, match="grey pixels have no Bernoulli log-likelihood"):
+        probae.adversarial_elbo(made, torch.full((3, 5), 0.5))

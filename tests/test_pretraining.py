@@ -1,8 +1,10 @@
 """Greedy pretraining against stages built by hand, and what an imperfect denoiser can do."""
 
 import copy
+import importlib
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -427,3 +429,28 @@ def test_a_perturbed_posterior_moves_the_law_no_further_than_its_error_allows() 
             assert shift.abs().sum() <= bound + 1e-14
             tightest = max(tightest, float(shift.abs().sum() / bound))
     assert 0.2 < tightest <= 1  # the bound is one, and not an empty one
+
+
+@pytest.mark.parametrize("what", ["pretrain", "proposal", "estimator"])
+def test_an_interrupt_ends_what_calls_fit_too(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {"pretrain": "pretraining", "proposal": "proposals", "estimator": "estimator"}
+    module = importlib.import_module(f"probae.{modules[what]}")
+    calls, fit = [], module.fit
+
+    def interrupted(*arguments: Any, **keywords: Any) -> probae.Run:
+        calls.append(1)
+        return fit(*arguments, **keywords)._replace(interrupted=True)
+
+    monkeypatch.setattr(module, "fit", interrupted)
+    x, quiet = torch.randn(20, 6), {"epochs": 1, "progress": False}
+    estimator = probae.AutoencoderEstimator("PPCA", 2, epochs=1)
+    call: dict[str, Callable[[], object]] = {
+        "pretrain": lambda: probae.pretrain(
+            probae.DenoisingAutoencoder(6, 2, hidden=(5, 4)), x, **quiet
+        ),
+        "proposal": lambda: probae.fit_proposal(probae.PPCA(6, 2), x, **quiet),
+        "estimator": lambda: estimator.fit(x.numpy()),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        call[what]()
+    assert len(calls) == 1
