@@ -1,4 +1,4 @@
-"""Likelihoods of adversarial pairs, as a test that takes about ten minutes on one core."""
+"""Likelihoods of adversarial pairs, as a test that takes about half an hour on one core."""
 
 from pathlib import Path
 
@@ -19,11 +19,16 @@ def test_annealing_tells_apart_what_parzen_windows_draw_together() -> None:
     assert all(0 < row["gap"] < 5 for row in rows.values())
     # the scale that was not trained is chosen inside the search, not at its start
     assert rows["GAN"]["scale"] != rows["GAN"]["scale_of_training"]
-    for name in ("VAE", "AAE"):  # the GAN is the least likely of the three, image by image
-        mean, std_error = mnist_adversarial.loss_against(result, name, "GAN")
-        assert mean > 3 * std_error + rows[name]["gap"]
-        # and Parzen windows see but part of that on the very images: 0.48 and 0.66 of it here
-        assert rows[name]["parzen_same_images"] - rows["GAN"]["parzen_same_images"] < 0.8 * mean
+    for better, worse in (("VAE", "AAE"), ("VAE", "GAN"), ("AAE", "GAN")):
+        mean, std_error = mnist_adversarial.loss_against(result, better, worse)
+        # both are lower bounds: what the worse may be too low by counts against the difference;
+        # it is measured on simulated images, which stand in for those of the test set
+        assert mean > 3 * std_error + rows[worse]["gap"]
+        if worse == "GAN":  # of that, Parzen windows see but a part on the very images
+            seen = rows[better]["parzen_same_images"] - rows[worse]["parzen_same_images"]
+            assert seen < 0.8 * mean
+    # they misorder the other two
+    assert rows["AAE"]["parzen"] > rows["VAE"]["parzen"] + 5 * rows["AAE"]["parzen_std_error"]
     # they put a decoder above the data themselves
     assert rows["AAE"]["parzen"] > real + 5 * rows["AAE"]["parzen_std_error"]
     assert 235 < real < 250
