@@ -134,7 +134,7 @@ class Accelerator:
             warnings.warn(
                 f"fit takes its steps eagerly, and so more slowly, because {error}; with "
                 "compile=False it does not try",
-                stacklevel=4,
+                stacklevel=9,  # of who called fit
             )
         else:
             self.compiled, self.eager_because = compiled, ""

@@ -11,6 +11,7 @@ import pyro.infer
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import constraints
 
 from .autoencoder import Autoencoder, Kind, frozen
 from .checks import likelihood_of, require_pair, to_pair
@@ -177,7 +178,8 @@ def _bad_argument(distribution: Any) -> str:
             continue
         if not value.isfinite().all():
             return f" (its {name} is not)"
-        if not constraint.check(value).all():
+        known = not constraints.is_dependent(constraint)  # that of a Delta's value is not
+        if known and not constraint.check(value).all():
             return f" (its {name} is not in {constraint})"
     return ""
 

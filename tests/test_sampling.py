@@ -406,7 +406,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "too large for the pair": (
         lambda: probae.denoise(masked_dae(), torch.full((3, 2, 8), 1e300, dtype=DOUBLE)),
-        r"x_tilde must be finite .*48 values that are not, the first inf",
+        r"x_tilde must fit into the dtype of the pair.*first in row 0; scale the data",
     ),
     "grey to a denoiser of bits": (
         lambda: probae.denoise(dae_of("bernoulli", probae.BitFlip(0.1)), ZEROS + 0.5),
