@@ -1,6 +1,7 @@
 """The table of pairs that the contract tests go through, and what every test starts from."""
 
 import os
+import signal
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ from probae import Autoencoder, Kind
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each is faster
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
     torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for background jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the tests of Ctrl-C need
 
 N = 7  # data of a batch, equal to no other size below, so that no wrong axis fits by accident
 VECTOR, IMAGE = (9,), (2, 5, 6)  # odd sizes: strided convolutions have to round up
