@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import checkpoints, distributed
 from .autoencoder import Autoencoder
-from .batches import TrainingData
+from .batches import MappedRows, TrainingData
 from .compiling import Accelerator, CompiledStep
 from .interrupts import Interrupts
 from .monitoring import (
@@ -29,6 +29,7 @@ from .monitoring import (
 )
 from .objectives import PerDatumObjective
 from .precision import products_in
+from .shared_noise import SharedNoise
 
 MOST_FAULTS = 10  # batches in a row that may be skipped
 
@@ -72,6 +73,9 @@ class Training:
         self.optim, self.scheduler, self.best, self.clip_norm = optim, scheduler, best, clip_norm
         self.compiler = Accelerator(False, self._no_compiler, 0, 0)
         self.warmup = getattr(objective, "warmup_epochs", 0.0)
+        # a Dataset may draw for its items, of which each process has others
+        self.draws_itself = data.dataset is None or isinstance(data.dataset, MappedRows)
+        self.shares_noise = self.draws_itself and distributed.world_size() > 1
         self.norms = [m for m in pair.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self.epoch, self.step = 1, 0  # the epoch under way, and steps of it that were taken
         self.order: Tensor | None = None  # of the data in this epoch
@@ -115,6 +119,10 @@ class Training:
         if self.step == 0:
             order = self.data.order()
             self.order = None if order is None else distributed.from_main(order)
+            if self.shares_noise:
+                cpu, gpu = _noise(self.pair.device)
+                gpu = None if gpu is None else distributed.from_main(gpu)
+                _set_noise((distributed.from_main(cpu), gpu), self.pair.device)
         share = None if distributed.world_size() == 1 else distributed.share_of
         while not self.interrupted:  # once more after data that could not be read
             sources: Any = self.data.sources(
@@ -173,7 +181,8 @@ class Training:
         loss = self.compiler.step(source)
         if loss is not None:
             return loss, len(source)
-        batch = self.data.batch(source)
+        with self.noise():
+            batch = self.data.batch(source)
         places = self.places()
         streams = _noise(batch.device)
         if distributed.world_size() > 1:
@@ -193,16 +202,27 @@ class Training:
         first = self.step * self.batch_size
         return distributed.share_of(self.order[first : first + self.batch_size])
 
+    def size(self) -> int:
+        """Return the number of data of this step's batch, in all processes."""
+        assert self.data.size is not None
+        return min(self.batch_size, self.data.size - self.step * self.batch_size)
+
+    def noise(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which this process draws its rows of the whole batch's noise."""
+        if not self.shares_noise:
+            return contextlib.nullcontext()
+        rows = distributed.share_of(torch.arange(self.size()))
+        return SharedNoise(int(rows[0]), len(rows), self.size())
+
     def forward(self, batch: Tensor, streams: _Noise) -> tuple[float, Tensor | None]:
         """Return the loss summed over data, also as a tensor where it is finite."""
         check, self.is_first = self.is_first, False
         try:
-            with pyro.validation_enabled(check), products_in(self.precision):
+            with pyro.validation_enabled(check), products_in(self.precision), self.noise():
                 loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
             value = float(loss.detach())
         except ValueError:  # those checks refuse NaN, but name no site
-            _set_noise(streams, self.pair.device)
-            if find_fault(self.pair, batch) is None:
+            if self.find_fault(batch, None, streams) is None:
                 raise
             return math.nan, None
         return value, loss if math.isfinite(value) else None
@@ -212,11 +232,13 @@ class Training:
     ) -> _Fault:
         """Return the fault of a loss that is not finite."""
 
-        def find() -> str | None:
-            _set_noise(streams, self.pair.device)
-            return find_fault(self.pair, batch, places)
+        return _Fault(f"loss became {value}", lambda: self.find_fault(batch, places, streams))
 
-        return _Fault(f"loss became {value}", find)
+    def find_fault(self, batch: Tensor, places: Tensor | None, streams: _Noise) -> str | None:
+        """Name the site and the datum at fault, under the noise that the step had."""
+        _set_noise(streams, self.pair.device)
+        with self.noise():
+            return find_fault(self.pair, batch, places)
 
     def update(self, batch: Tensor, places: Tensor | None, streams: _Noise) -> None:
         """Let the optimizer make its step, if the gradients are finite."""
@@ -230,7 +252,8 @@ class Training:
 
             def find() -> str | None:
                 _set_noise(streams, self.pair.device)
-                return broken_gradient(self.pair, self.objective, batch, places, names)
+                with self.noise():
+                    return broken_gradient(self.pair, self.objective, batch, places, names)
 
             raise _Fault("a gradient became NaN or infinite", find)
         if self.clip_norm is not None:
@@ -244,8 +267,7 @@ class Training:
 
         A fault of one makes the sum NaN, and so becomes a fault of all, at the same step.
         """
-        assert self.data.size is not None
-        size = min(self.batch_size, self.data.size - self.step * self.batch_size)
+        size = self.size()
         idle = distributed.rank() >= size  # more processes than data: its datum is another's
         value, loss = 0.0, None
         if isinstance(batch, _Fault):
@@ -443,13 +465,16 @@ class Training:
             number = len(saved["random"])
             if distributed.rank() < number:
                 set_streams(saved, "random", self.pair.device, str(self.file))
+            elif self.draws_itself:
+                checkpoints.set_random_states(saved["random"][0], self.pair.device)
             else:
                 part_streams()
             self.best.epoch, self.best.last_epoch = saved["best_epoch"], saved["last_epoch"]
             self.best.val_loss = saved["best_val_loss"]
             self.best.state, self.best.last = saved["best"], saved["last"]
             self.pair.load_state_dict(saved["pair"])
-        if number != distributed.world_size() and distributed.is_main():
+        same = self.draws_itself or number == distributed.world_size()
+        if not same and distributed.is_main():
             warnings.warn(
                 f"the run had {number} processes and goes on with {distributed.world_size()}: its "
                 "noise is another from here on",
@@ -504,7 +529,7 @@ def set_streams(saved: dict[str, Any], name: str, device: torch.device, file: st
 
 
 def part_streams() -> None:
-    """Give each process but the main one noise of its own."""
+    """Give each process but the main one noise of its own, for its items of a Dataset."""
     if distributed.rank() > 0:
         seed = torch.initial_seed() + distributed.rank() * 0x9E3779B97F4A7C15
         torch.manual_seed(seed % 2**63)

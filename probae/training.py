@@ -130,8 +130,11 @@ def fit(
 
     **Several processes.** Where torch.distributed is initialised, as by ``torchrun``, every process
     calls ``fit`` with the same arguments. Each takes its share of every batch of ``batch_size``,
-    with noise of its own and eager steps; losses are those of one process, up to rounding where
-    nothing is sampled. All return the same; the first process alone shows progress and writes.
+    in eager steps, and draws its rows of the noise that one process would for the whole batch: so
+    losses are those of one process, up to rounding. They are so in law only with a batch norm (its
+    statistics are of a share), with codes drawn by rejection (of a Gamma, say) and for Datasets
+    that may draw for their items. All return the same; the first process alone shows progress and
+    writes.
 
     Args:
         pair: the pair to train; its parameters are changed in place.
@@ -274,7 +277,8 @@ def fit(
             training.restore(saved, cosine=schedule == "cosine")
         else:
             training.at_start = at_start
-            part_streams()
+            if not training.shares_noise:
+                part_streams()
             training.save()
         if distributed.world_size() > 1 and compile is not False:
             training.compiler.eager_because = "several processes take their steps together"
