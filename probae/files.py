@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
+PATIENCE = 10.0  # seconds that a folder in use is waited for
 MOST_JSON = 2**28  # bytes: a record of a run names the rows of its splits
 SEAL = "sha256"  # key of the checksum in a record that carries one
 
@@ -59,6 +66,47 @@ def move(part: Path, file: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def held(folder: Path, argument: str) -> Iterator[None]:
+    """Keep a folder, made if need be, for this process; it is free again when the process ends.
+
+    Workers outlive a killed process by some seconds, in which they hold its folder; so a little
+    patience comes before the ValueError. Where a system knows no such locks, nothing is held.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        until = time.monotonic() + PATIENCE
+        while not _locked(opened):
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"{argument}: another process is at work in {folder}; let it end, or take "
+                    "another folder"
+                )
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(opened)
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def _locked(opened: int) -> bool:
+    """Whether this process now has the lock of an open folder; some file systems have none."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_bytes(file: Path, content: bytes) -> None:

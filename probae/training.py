@@ -24,6 +24,7 @@ from .autoencoder import Autoencoder, Kind, local_parameters, seeded
 from .batches import MappedRows, TrainingData
 from .checks import is_grey, require_gradients, require_pair
 from .compiling import Accelerator, CompiledStep, require_mode
+from .files import held
 from .interrupts import Interrupts
 from .loop import Best, Training, part_streams, set_streams, streams_of_all
 from .monitoring import bound_on, kind_of_loss
@@ -217,11 +218,12 @@ def fit(
             "pair is of kind ADVERSARIAL: it and its discriminator are trained by turns, which is "
             "not SVI; use probae.fit_adversarial(pair, x), or build it with discriminator=None"
         )
-    file, content = _checkpoint(checkpoint, checkpoint_seconds, resume)
-    saved = None if content is None else checkpoints.from_bytes(content, str(file))
-    del content
+    file = _checkpoint(checkpoint, checkpoint_seconds, resume)
     device = pair.device
     with contextlib.ExitStack() as stack:
+        if file is not None and distributed.is_main():
+            stack.enter_context(held(file.parent, "checkpoint"))
+        saved = None if file is None else _saved(file, resume)
         common = _common(seed)
         if common is not None:
             stack.enter_context(seeded(common, {device}))
@@ -339,15 +341,19 @@ def _make_equal(pair: Autoencoder) -> None:
                 tensor.copy_(distributed.from_main(tensor))
 
 
-def _checkpoint(checkpoint: Any, seconds: Any, resume: Any) -> tuple[Path | None, bytes | None]:
-    """Return where the checkpoint is to be, and its content where there is one to go on from."""
+def _checkpoint(checkpoint: Any, seconds: Any, resume: Any) -> Path | None:
+    """Return where the checkpoint is to be."""
     require_flag(resume, "resume")
     require_positive(seconds, "checkpoint_seconds")
     if checkpoint is None:
         if resume:
             raise ValueError("resume=True needs the folder of a checkpoint: pass checkpoint=FOLDER")
-        return None, None
-    file = checkpoints.place(checkpoint)
+        return None
+    return checkpoints.place(checkpoint)
+
+
+def _saved(file: Path, resume: bool) -> checkpoints.State | None:
+    """Return what is in the checkpoint, where there is one to go on from."""
     content = None
     if distributed.is_main():
         content = file.read_bytes() if file.exists() else None
@@ -357,7 +363,7 @@ def _checkpoint(checkpoint: Any, seconds: Any, resume: Any) -> tuple[Path | None
             f"checkpoint: {file} is there already; pass resume=True to go on from it, or take "
             "another folder"
         )
-    return file, content
+    return None if content is None else checkpoints.from_bytes(content, str(file))
 
 
 def _describe(objective: Any) -> dict[str, Any]:

@@ -667,3 +667,37 @@ def test_killed_runs_end_in_the_same_bits(tmp_path: Path) -> None:
     assert result["kills"] == 3
     assert result["failed_resumes"] == 0
     assert result["identical"], result
+
+
+def test_a_folder_serves_one_training_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PATIENCE", 0.3)
+    code = (
+        "import sys, time, pathlib; from probae import files\n"
+        "with files.held(pathlib.Path(sys.argv[1]), 'checkpoint'):\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        pair = probae.VAE(3, 2, hidden=(4,), likelihood="gaussian")
+        keep: dict[str, Any] = {"checkpoint": tmp_path, "epochs": 1, "progress": False}
+        with pytest.raises(ValueError, match="checkpoint: another process is at work in"):
+            probae.fit(pair, torch.randn(8, 3), **keep)
+        assert not list(tmp_path.iterdir())
+    finally:
+        other.kill()  # as by kill -9, after which the folder is free
+        other.wait()
+    probae.fit(pair, torch.randn(8, 3), **keep)
+    assert (tmp_path / checkpoints.FILE).exists()
+
+
+def test_refused_data_leave_no_folder(tmp_path: Path) -> None:
+    pair = probae.VAE(3, 2, hidden=(4,), likelihood="gaussian")
+    with pytest.raises(ValueError, match="x must"):
+        probae.fit(pair, torch.randn(8, 4), checkpoint=tmp_path / "new", progress=False)
+    assert not list(tmp_path.iterdir())
