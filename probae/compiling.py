@@ -20,7 +20,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,7 +36,7 @@ from .checks import chunks
 from .corruptions import Corruption
 from .objectives import ELBO, PerDatumObjective
 from .part import RECORDING
-from .precision import products_in
+from .precision import float32_products, products_in
 
 WATCHED = 10  # eager steps whose time is taken before compile="auto" decides
 WORTH = 30.0  # seconds that the rest of a run must take eagerly for "auto" to compile
@@ -521,31 +520,3 @@ def _place(error: BaseException) -> str:
         if not any(Path(frame.filename).is_relative_to(library) for library in libraries):
             return f" ({Path(frame.filename).name}, line {frame.lineno})"
     return ""
-
-
-@contextlib.contextmanager
-def float32_products(device: torch.device) -> Iterator[None]:
-    """Multiply float32 matrices by oneDNN inside, where that is as exact as by torch's default."""
-    before = torch.get_float32_matmul_precision()
-    if device.type != "cpu" or before != "highest" or not _onednn_keeps_float32():
-        yield
-        return
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@cache
-def _onednn_keeps_float32() -> bool:
-    """Whether precision "medium" still multiplies in float32, as it does on chips without AMX."""
-    a, b = torch.linspace(-1, 1, 512 * 512).cos().reshape(2, 512, 256)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        product = a @ b.T
-    finally:
-        torch.set_float32_matmul_precision(before)
-    exact = a.double() @ b.double().T
-    return bool((product - exact).norm() < 1e-5 * exact.norm())  # bfloat16: about 1e-3

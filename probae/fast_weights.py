@@ -2,15 +2,16 @@
 
 It does what :func:`probae.importance.plain_weights` does, for the pairs of most tutorials and
 papers, at close to the rate of the matrix products alone. What makes it fast: the encoder runs once
-for all samples of a datum, layers write into buffers that are used again, and activations and the
-Bernoulli log-likelihood are computed in place from the sigmoid, which is by far the
-cheapest transcendental function of torch on CPUs.
+for all samples of a datum, products are written into buffers that are used again, a sigmoid, by far
+the cheapest transcendental function of torch on processors, serves for the tanh and for the
+Bernoulli log-likelihood, and a logarithm is taken of products of many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -23,7 +24,16 @@ from .importance import Weigh
 from .networks import MLP
 from .part import Part
 
-FACTORS = 64  # sigmoids of |s| >= 1/2 whose product is far from the smallest float32, 2**-126
+FACTORS = 32  # sigmoids in a product whose logarithm is taken
+LEAST = 1e-30  # of a product that has all its digits
+
+
+class Layer(NamedTuple):
+    """An affine map and what is applied to its outputs, in place."""
+
+    weight: Tensor  # (in, out)
+    bias: Tensor  # (out,)
+    activate: Callable[[Tensor], Tensor]
 
 
 def fast_weights(pair: Autoencoder, proposal: nn.Module | None) -> Callable[[Tensor], Weigh] | None:
@@ -36,6 +46,7 @@ def fast_weights(pair: Autoencoder, proposal: nn.Module | None) -> Callable[[Ten
         or not _is_ours(pair.prior, encoder)
         or type(decoder) is not BernoulliDecoder
         or type(decoder.network) is not MLP
+        or decoder.network.out_activation is not None
         or not all(type(m) in _IN_PLACE or type(m) in _LAYERS for m in decoder.network.modules())
         or any(m._forward_hooks or m._forward_pre_hooks for m in pair.modules())
         or any(isinstance(m, nn.Linear) and m.bias is None for m in decoder.modules())
@@ -43,19 +54,34 @@ def fast_weights(pair: Autoencoder, proposal: nn.Module | None) -> Callable[[Ten
         or pair.dtype not in (torch.float32, torch.float64)
     ):
         return None
-    network = decoder.network
+    *hidden, last = _layers(decoder.network)
+    buffers: dict[int, Tensor] = {}
+
+    def product(h: Tensor, weight: Tensor) -> Tensor:
+        out = buffers.get(id(weight))
+        if out is None or len(out) < len(h):
+            out = buffers[id(weight)] = h.new_empty(len(h), weight.shape[1])
+        return torch.mm(h, weight, out=out[: len(h)])
 
     def weigh(x: Tensor) -> Weigh:
-        sign = (2 * x - 1).flatten(1)  # (N, D)
+        sign = (2 * x - 1).flatten(1)  # (N, D): log p(x|z) = sum of log sigmoid(sign * logits)
+        signed_bias = sign * last.bias
         codes, prior = encoder(x), pair.prior()
         draw_codes = _normal_codes if _are_normal(codes, prior) else _codes
-        buffers: dict[int, Tensor] = {}
 
         def draw(count: int) -> Tensor:
             z, log_ratio = draw_codes(codes, prior, count)  # (K, N, …), (K, N)
-            logits = _logits(network, z.reshape(count * len(x), -1), buffers)
-            signed = logits.view(count, *sign.shape).mul_(sign)
-            return log_sigmoid_sum_(signed).add_(log_ratio)
+            h = z.reshape(count * len(x), -1)
+            for layer in hidden:
+                h = layer.activate(product(h, layer.weight).add_(layer.bias))
+            logits = product(h, last.weight).view(count, *sign.shape)
+            sigmoids = torch.addcmul(signed_bias, sign, logits, out=logits).sigmoid_()
+            total, is_lost = log_of_product_(sigmoids)
+            if is_lost is not None:
+                logits = torch.addmm(last.bias, h[is_lost.flatten()], last.weight)
+                signs = sign.expand(count, *sign.shape)[is_lost]
+                total[is_lost] = nn.functional.logsigmoid(logits * signs).sum(-1)
+            return total.add_(log_ratio)
 
         return draw
 
@@ -89,44 +115,42 @@ def _are_normal(codes: Any, prior: Any) -> bool:
     )
 
 
-def log_sigmoid_sum_(s: Tensor) -> Tensor:
-    r"""Return Σ log σ(s) over the last dimension, and overwrite s.
+def log_of_product_(factors: Tensor) -> tuple[Tensor, Tensor | None]:
+    r"""Return the log of the product over the last dimension, and where it is not to be trusted.
 
-    .. math:: \log\sigma(s) = \min(s, 0) + \log\sigma(|s|)
+    .. math:: \sum_d \log \sigma_d = \sum_b \log \prod_{d \in b} \sigma_d
 
-    and, as every σ(\|s\|) is in [1/2, 1], the logarithm of a product of up to 64 of them serves for
-    the sum of their logarithms.
+    for factors in [0, 1], which are overwritten. Products of up to 32 of them are taken before a
+    logarithm is; where one of these is below 1e-30, digits may be lost.
     """
-    total = s.clamp(max=0).sum(-1)
-    s.abs_().sigmoid_()
-    width, factors = s.shape[-1], 1
-    while factors < FACTORS and width > 1:
+    width, length = factors.shape[-1], 1
+    while length < FACTORS and width > 1:
         half = width // 2
-        s[..., :half].mul_(s[..., width - half : width])
-        width, factors = width - half, 2 * factors
-    return total.add_(s[..., :width].log_().sum(-1))
+        factors[..., :half].mul_(factors[..., width - half : width])
+        width, length = width - half, 2 * length
+    products = factors[..., :width]
+    is_lost = (products < LEAST).any(-1) if products.min() < LEAST else None
+    return products.log_().sum(-1), is_lost
 
 
-def _logits(network: MLP, h: Tensor, buffers: dict[int, Tensor]) -> Tensor:
-    """Run a perceptron on (rows, in) with every layer written into a buffer of its own."""
-    for i, layer in enumerate(network.layers):
-        if not isinstance(layer, nn.Linear):
-            _IN_PLACE[type(layer)](h)
+def _layers(network: MLP) -> list[Layer]:
+    r"""Return the layers of a perceptron, with sigmoids for its tanhs.
+
+    .. math:: W \tanh(a) + b = 2 W \sigma(2 a) + (b - W 1)
+    """
+    layers, scale = [], 1
+    for linear, after in pairwise([*network.layers, nn.Identity()]):
+        if not isinstance(linear, nn.Linear):
             continue
-        if i not in buffers or len(buffers[i]) < len(h):
-            buffers[i] = h.new_empty(len(h), layer.out_features)
-        h = torch.addmm(layer.bias, h, layer.weight.T, out=buffers[i][: len(h)])
-    if network.out_activation is not None:
-        _IN_PLACE[type(network.out_activation)](h)
-    return h
-
-
-def _tanh_(h: Tensor) -> Tensor:
-    return h.mul_(2).sigmoid_().mul_(2).sub_(1)
+        weight, bias = scale * linear.weight, linear.bias - (scale - 1) * linear.weight.sum(1)
+        scale = 2 if isinstance(after, nn.Tanh) else 1
+        activate = _IN_PLACE.get(type(after), lambda h: h)
+        layers.append(Layer((scale * weight).T.contiguous(), scale * bias, activate))
+    return layers
 
 
 _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
-    nn.Tanh: _tanh_,
+    nn.Tanh: Tensor.sigmoid_,  # of twice its argument
     nn.Sigmoid: Tensor.sigmoid_,
     nn.ReLU: Tensor.relu_,
 }

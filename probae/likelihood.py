@@ -29,8 +29,10 @@ from .fast_weights import fast_weights
 from .importance import StreamingWeights, plain_weights
 from .memory import counts, rows_in_budget
 from .part import require_count, require_flag
+from .precision import float32_products
 
 KHAT_LIMIT = 0.7  # above it an importance-sampling estimate is not to be trusted
+BLOCK = 2**13  # samples of z whose weights are summed up at once
 
 
 class LikelihoodWarning(UserWarning):
@@ -375,12 +377,16 @@ def _weighed(
     with (
         frozen(pair, seed),
         frozen(nn.Module() if proposal is None else proposal, None),
+        float32_products(pair.device),
         tqdm(total=len(data), disable=not progress, unit="datum") as bar,
     ):
         for chunk in data.split(max(min(64, rows), rows // num_samples)):
             streaming, draw = StreamingWeights(num_samples, chunk), weigh(chunk)
-            for count in counts(num_samples, max(1, rows // len(chunk))):
-                streaming.add(draw(count))
+            for count in counts(num_samples, BLOCK):
+                log_weights = chunk.new_empty(count, len(chunk))
+                for block in log_weights.split(max(1, rows // len(chunk))):
+                    block.copy_(draw(len(block)))
+                streaming.add(log_weights)
             results.append(streaming.elbo() if method == "elbo" else streaming.iwae())
             bar.update(len(chunk))
     return [torch.cat(column) for column in zip(*results, strict=True)]

@@ -1,8 +1,10 @@
-"""Products of matrices in bfloat16, with all else in float32: ``fit(precision="bf16")``."""
+"""Products of matrices: in bfloat16, with all else in float32, or in float32 by oneDNN."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,3 +60,31 @@ def require_precision(precision: Any, dtype: torch.dtype) -> None:
 def products_in(precision: str) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which layers multiply in that precision."""
     return Bfloat16Products() if precision == "bf16" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def float32_products(device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices by oneDNN inside, where that is as exact as by torch's default."""
+    before = torch.get_float32_matmul_precision()
+    if device.type != "cpu" or before != "highest" or not _onednn_keeps_float32():
+        yield
+        return
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@cache
+def _onednn_keeps_float32() -> bool:
+    """Whether precision "medium" still multiplies in float32, as it does on chips without AMX."""
+    a, b = torch.linspace(-1, 1, 512 * 512).cos().reshape(2, 512, 256)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        product = a @ b.T
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = a.double() @ b.double().T
+    return bool((product - exact).norm() < 1e-5 * exact.norm())  # bfloat16: about 1e-3

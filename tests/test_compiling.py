@@ -452,29 +452,6 @@ def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         fit(vae(), bits(), batch_size=8, compile=True)
 
 
-def test_float32_products_stay_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    a = torch.randn(300, 200)
-    exact = a.double() @ a.double().T
-    with compiling.float32_products(cpu):
-        assert ((a @ a.T) - exact).norm() < 1e-5 * exact.norm()
-    assert torch.get_float32_matmul_precision() == "highest"
-    monkeypatch.setattr(compiling, "_onednn_keeps_float32", lambda: False)
-    with compiling.float32_products(cpu):
-        assert torch.get_float32_matmul_precision() == "highest"
-    monkeypatch.setattr(compiling, "_onednn_keeps_float32", lambda: True)
-    with compiling.float32_products(cpu):
-        assert torch.get_float32_matmul_precision() == "medium"
-    with compiling.float32_products(torch.device("cuda")):
-        assert torch.get_float32_matmul_precision() == "highest"
-    try:
-        torch.set_float32_matmul_precision("high")
-        with compiling.float32_products(cpu):
-            assert torch.get_float32_matmul_precision() == "high"  # the user's choice
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 def test_vae_in_machine_code(graphs: list) -> None:
     # weight of the KL, learning rate, a partial batch, binarisation, clipping: one compilation
     objective = probae.ELBO(beta=LinearWarmup(3))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import probae
+from probae import precision
 from probae.precision import products_in, require_precision
 
 SHAPES = [
@@ -77,3 +78,26 @@ def test_a_pair_of_other_numbers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"float32 parameters, got torch.float64; call pair.float"):
         require_precision("bf16", torch.float64)
     require_precision("float32", torch.float64)
+
+
+def test_float32_products_stay_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    a = torch.randn(300, 200)
+    exact = a.double() @ a.double().T
+    with precision.float32_products(cpu):
+        assert ((a @ a.T) - exact).norm() < 1e-5 * exact.norm()
+    assert torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.setattr(precision, "_onednn_keeps_float32", lambda: False)
+    with precision.float32_products(cpu):
+        assert torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.setattr(precision, "_onednn_keeps_float32", lambda: True)
+    with precision.float32_products(cpu):
+        assert torch.get_float32_matmul_precision() == "medium"
+    with precision.float32_products(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "highest"
+    try:
+        torch.set_float32_matmul_precision("high")
+        with precision.float32_products(cpu):
+            assert torch.get_float32_matmul_precision() == "high"  # the user's choice
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -361,8 +361,11 @@ def table(results: list[dict[str, Any]]) -> str:
         cells = []
         for result in results:
             medians = result["medians"]
+            if name not in medians:
+                cells.append("")
+                continue
             ratio = f" ({medians[name] / medians[OURS]:.2f}×)" if OURS in medians else ""
-            cells.append(f"{1e3 * medians[name]:.2f}{ratio}" if name in medians else "")
+            cells.append(f"{1e3 * medians[name]:.2f}{ratio}")
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
