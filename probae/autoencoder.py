@@ -471,6 +471,23 @@ def seeded(seed: int, devices: set[torch.device]) -> Iterator[None]:
         yield
 
 
+RandomState = tuple[Tensor, Tensor | None]  # torch's random streams, of the CPU and of a GPU
+
+
+def random_state(device: torch.device) -> RandomState:
+    """Return where the random streams are that work on a device draws from."""
+    return torch.get_rng_state(), (
+        torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    )
+
+
+def set_random_state(state: RandomState, device: torch.device) -> None:
+    """Put the random streams back."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
 def _draw(
     call: str, part: nn.Module, *args: Tensor, sample_shape: tuple[int, ...] = ()
 ) -> tuple[Any, Tensor]:

@@ -20,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,10 +31,11 @@ from pyro.infer import trace_elbo, trace_mean_field_elbo
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .autoencoder import Autoencoder
+from .autoencoder import Autoencoder, random_state, set_random_state
 from .batches import TrainingData
 from .checks import chunks
 from .corruptions import Corruption
+from .cuda_graphs import CannotCapture, CudaGraph
 from .objectives import ELBO, PerDatumObjective
 from .part import RECORDING
 from .precision import products_in
@@ -49,6 +50,7 @@ INDUCTOR = {
     "size_asserts": False,
     "alignment_asserts": False,
 }
+ON_CPU = ("memory_planning", "memory_pool")  # a GPU's memory is torch's own to keep
 
 
 class CannotCompile(RuntimeError):
@@ -178,6 +180,9 @@ class CompiledStep:
         moments = [optim.state[p][m] for m in MOMENTS for p in self.parameters if self.adam]
         self.state = [*(p.detach() for p in self.parameters), *self.others, *moments]
         self.own_steps = 0  # of which the optimizer does not know
+        self.known_steps: int | None = None  # those that it knows of; on a GPU a look takes time
+        self.captured: CudaGraph | None = None
+        self.not_captured_because = "the pair is on the CPU"
 
     def compile(self, source: Tensor) -> None:
         """Make the graph for batches of this size, and compare it with eager steps.
@@ -185,7 +190,7 @@ class CompiledStep:
         Raises:
             CannotCompile: a program branches on values; there is no compiler; results differ.
         """
-        random_state = torch.get_rng_state()
+        noise = random_state(self.device)
         if self._gathers and not self.data.binarize:
             for rows, _ in chunks(self.data.tensor):
                 self._check_domain(rows)
@@ -200,14 +205,30 @@ class CompiledStep:
                     for name, tensor in zip(self.other_names, self.others, strict=True)
                 ]
                 self.run = _machine_code(_record(self._computed, inputs), inputs)
-                torch.set_rng_state(random_state)
+                set_random_state(noise, self.device)
                 self._require_equal(self._compiled(source), first)
-                torch.set_rng_state(random_state)
+                set_random_state(noise, self.device)
                 with _at_the_end(self.objective):
                     second = self._eagerly(another)
                     self._require_equal(self._compiled(another), second)
+            if self.device.type == "cuda":
+                self._capture(source)
         finally:
-            torch.set_rng_state(random_state)
+            set_random_state(noise, self.device)
+
+    def _capture(self, source: Tensor) -> None:
+        """Make one launch of the graph's many, where the GPU can do it all without the CPU."""
+        run = partial(self.run, self.data.tensor) if self._gathers else self.run
+        try:
+            self.captured = CudaGraph(run, [source, self._numbers()], self.state)
+        except CannotCapture as error:
+            self.not_captured_because = str(error)
+            warnings.warn(
+                f"fit launches the operations of its compiled steps one by one, because {error}",
+                stacklevel=11,  # of who called fit
+            )
+        else:
+            self.not_captured_because = ""
 
     def step(self, source: Tensor) -> float | None:
         """Take a step and return the loss; None where an eager step is due, and all is as before.
@@ -218,14 +239,18 @@ class CompiledStep:
         if self.decays != [_decay(self.optim, k) for k in range(len(self.decays))]:
             self.leave()
             return None
-        random_state = torch.get_rng_state()
+        noise = random_state(self.device)
         self.own_steps += 1
-        with float32_products(self.device):
-            loss, *gradients = self.run(*self._drawn_from(source), self._numbers(), *self.state)
+        inputs, numbers = self._drawn_from(source), self._numbers()
+        if self.captured is not None:
+            loss, *gradients = self.captured(source, numbers)
+        else:
+            with float32_products(self.device):
+                loss, *gradients = self.run(*inputs, numbers, *self.state)
         value = float(loss)
         if not math.isfinite(value):
             self.own_steps -= 1
-            torch.set_rng_state(random_state)
+            set_random_state(noise, self.device)
             self.leave()
             return None
         if not self.adam:
@@ -239,7 +264,7 @@ class CompiledStep:
         if self.adam:
             for parameter in self.parameters:
                 self.optim.state[parameter]["step"] += self.own_steps
-        self.own_steps = 0
+        self.own_steps, self.known_steps = 0, None
 
     @property
     def _gathers(self) -> bool:
@@ -259,9 +284,9 @@ class CompiledStep:
 
     def _numbers(self, **replaced: Any) -> Tensor:
         """Return all that may change from step to step, in the order that `_computed` expects."""
-        t = self.own_steps
-        if self.adam:
-            t += int(self.optim.state[self.parameters[0]]["step"])
+        if self.adam and self.known_steps is None:
+            self.known_steps = int(self.optim.state[self.parameters[0]]["step"])
+        t = self.own_steps + (self.known_steps or 0)
         numbers = [float(getattr(self.objective, "beta", 1.0)), self.clip_norm or math.inf]
         for group in self.optim.param_groups if self.adam else ():
             (beta1, beta2), lr = replaced.get("betas", group["betas"]), float(group["lr"])
@@ -313,7 +338,7 @@ class CompiledStep:
 
     def _eagerly(self, source: Tensor) -> dict[str, Tensor]:
         """Return what a step computes, by name, without taking it."""
-        random_state, before = torch.get_rng_state(), [tensor.clone() for tensor in self.others]
+        noise, before = random_state(self.device), [tensor.clone() for tensor in self.others]
         batch = self.data.batch(source) if self._gathers else source
         with products_in(self.precision):
             loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
@@ -323,7 +348,7 @@ class CompiledStep:
         after = [tensor.clone() for tensor in self.others]
         for tensor, value in zip(self.others, before, strict=True):
             tensor.copy_(value)
-        torch.set_rng_state(random_state)
+        set_random_state(noise, self.device)
         return self._named(loss.detach(), gradients, after)
 
     def _compiled(self, source: Tensor) -> dict[str, Tensor]:
@@ -495,8 +520,16 @@ def _machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
+    on_cpu = inputs[-1].device.type == "cpu"
+    options = {name: value for name, value in INDUCTOR.items() if on_cpu or name not in ON_CPU}
     try:
-        with torch._inductor.config.patch(INDUCTOR), mock.patch.dict(os.environ):
+        with (
+            torch._inductor.config.patch(options),
+            mock.patch.dict(os.environ),
+            warnings.catch_warnings(),
+        ):
+            # the precision of products is the user's choice
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             # where that is set, Inductor holds the operation below to rules for its own changes
             os.environ.pop("CI", None)
             decompositions = dict(select_decomp_table())
