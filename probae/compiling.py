@@ -112,6 +112,10 @@ class Accelerator:
         self.compiled.leave()
         return None
 
+    def watch_anew(self) -> None:
+        """Wait for whole eager steps again, as after one that was left out with its gradients."""
+        self.began = []
+
     def _is_due(self) -> bool:
         self.began.append(time.perf_counter())
         if self.mode is True:
@@ -128,7 +132,9 @@ class Accelerator:
         start = time.perf_counter()
         try:
             compiled = self.make()
-            compiled.compile(source)
+            if not compiled.compile(source):
+                self.watch_anew()
+                return
         except CannotCompile as error:
             if self.mode is True:
                 raise
@@ -184,8 +190,10 @@ class CompiledStep:
         self.captured: CudaGraph | None = None
         self.not_captured_because = "the pair is on the CPU"
 
-    def compile(self, source: Tensor) -> None:
+    def compile(self, source: Tensor) -> bool:
         """Make the graph for batches of this size, and compare it with eager steps.
+
+        Returns False where the batch at hand has a fault, so that it tells nothing.
 
         Raises:
             CannotCompile: a program branches on values; there is no compiler; results differ.
@@ -196,10 +204,11 @@ class CompiledStep:
                 self._check_domain(rows)
         state = [tensor.clone() for tensor in self.state]  # recording a step takes it
         inputs = [*self._drawn_from(source), self._numbers(), *state]
-        another = (source + 1) % len(self.data) if self._gathers else source.flip(0)
         try:
             with pyro.validation_enabled(False):
                 first = self._eagerly(source)
+                if not first["loss"].isfinite():
+                    return False
                 self.written = [  # the statistics of a batch norm, say
                     not torch.equal(first[name], tensor)
                     for name, tensor in zip(self.other_names, self.others, strict=True)
@@ -209,12 +218,18 @@ class CompiledStep:
                 self._require_equal(self._compiled(source), first)
                 set_random_state(noise, self.device)
                 with _at_the_end(self.objective):
-                    second = self._eagerly(another)
+                    for shift in range(1, 10):  # to a batch without a fault, too
+                        gathers = self._gathers
+                        another = (source + shift) % len(self.data) if gathers else source.flip(0)
+                        second = self._eagerly(another)
+                        if second["loss"].isfinite():
+                            break
                     self._require_equal(self._compiled(another), second)
             if self.device.type == "cuda":
                 self._capture(source)
         finally:
             set_random_state(noise, self.device)
+        return True
 
     def _capture(self, source: Tensor) -> None:
         """Make one launch of the graph's many, where the GPU can do it all without the CPU."""

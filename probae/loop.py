@@ -161,6 +161,7 @@ class Training:
             if isinstance(error, torch.linalg.LinAlgError) and not self.skips:
                 raise
             self.optim.zero_grad(set_to_none=True)
+            self.compiler.watch_anew()
             found = str(error)
             lost = _Fault("a matrix lost its rank, or is not finite", lambda: found)
             self.leave_out(error if isinstance(error, _Fault) else lost)
