@@ -206,8 +206,8 @@ def fit_adversarial(
         bar = stack.enter_context(tqdm(total=steps, disable=not progress, unit="step"))
         for epoch in range(1, epochs + 1):
             totals: dict[str, float] = {}
-            for index in torch.randperm(len(data)).split(batch_size):
-                batch = data.batch(index)
+            for source in data.sources(batch_size, data.order(), epoch):
+                batch = data.batch(source)
                 for _ in range(discriminator_steps):
                     draws = _draw(pair, discriminator.sees, batch)
                     row = _judge(discriminator, draws, judge, gradient_penalty)

@@ -462,13 +462,41 @@ def local_parameters() -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(seed: int, devices: set[torch.device]) -> Iterator[None]:
-    """Seed torch's generators inside the block and put the random streams back after it."""
+    """Seed torch's generators of these devices inside the block and put them back after it."""
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not abs(seed) < 2**63:
         raise ValueError(f"seed must be a 64-bit int, or None for the global stream, got {seed!r}")
     cuda = [d for d in devices if d.type == "cuda"]
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(int(seed))
+        if {device.type for device in devices} <= {"cpu", "cuda"}:
+            # torch.manual_seed would seed GPUs that are not put back, too
+            for generator in [torch.default_generator, *map(_generator_of, cuda)]:
+                generator.manual_seed(int(seed))
+        else:
+            torch.manual_seed(int(seed))
         yield
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
+    torch.cuda.init()  # no GPU has one before
+    place = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[place]
+
+
+RandomState = tuple[Tensor, Tensor | None]  # torch's random streams, of the CPU and of a GPU
+
+
+def random_state(device: torch.device) -> RandomState:
+    """Return where the random streams are that work on a device draws from."""
+    return torch.get_rng_state(), (
+        torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    )
+
+
+def set_random_state(state: RandomState, device: torch.device) -> None:
+    """Put the random streams back."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def _draw(

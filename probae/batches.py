@@ -129,6 +129,8 @@ class TrainingData:
             if count == 0:
                 raise ValueError(f"{self.argument} is empty in epoch {epoch}: it gave no data")
             return
+        if self.dataset is None:  # copied to a GPU at once, as every copy of its own would wait
+            order = order.to(self.tensor.device)
         parts = [share(places) for places in order.split(batch_size)[start:]]
         if self.dataset is None:
             yield from parts

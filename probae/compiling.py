@@ -20,6 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,10 +31,11 @@ from pyro.infer import trace_elbo, trace_mean_field_elbo
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .autoencoder import Autoencoder
+from .autoencoder import Autoencoder, random_state, set_random_state
 from .batches import TrainingData
 from .checks import chunks
 from .corruptions import Corruption
+from .cuda_graphs import CannotCapture, CudaGraph
 from .objectives import ELBO, PerDatumObjective
 from .part import RECORDING
 from .precision import float32_products, products_in
@@ -48,6 +50,7 @@ INDUCTOR = {
     "size_asserts": False,
     "alignment_asserts": False,
 }
+ON_CPU = ("memory_planning", "memory_pool")  # a GPU's memory is torch's own to keep
 
 
 class CannotCompile(RuntimeError):
@@ -109,6 +112,10 @@ class Accelerator:
         self.compiled.leave()
         return None
 
+    def watch_anew(self) -> None:
+        """Wait for whole eager steps again, as after one that was left out with its gradients."""
+        self.began = []
+
     def _is_due(self) -> bool:
         self.began.append(time.perf_counter())
         if self.mode is True:
@@ -125,7 +132,9 @@ class Accelerator:
         start = time.perf_counter()
         try:
             compiled = self.make()
-            compiled.compile(source)
+            if not compiled.compile(source):
+                self.watch_anew()
+                return
         except CannotCompile as error:
             if self.mode is True:
                 raise
@@ -177,36 +186,64 @@ class CompiledStep:
         moments = [optim.state[p][m] for m in MOMENTS for p in self.parameters if self.adam]
         self.state = [*(p.detach() for p in self.parameters), *self.others, *moments]
         self.own_steps = 0  # of which the optimizer does not know
+        self.known_steps: int | None = None  # those that it knows of; on a GPU a look takes time
+        self.captured: CudaGraph | None = None
+        self.not_captured_because = "the pair is on the CPU"
 
-    def compile(self, source: Tensor) -> None:
+    def compile(self, source: Tensor) -> bool:
         """Make the graph for batches of this size, and compare it with eager steps.
+
+        Returns False where the batch at hand has a fault, so that it tells nothing.
 
         Raises:
             CannotCompile: a program branches on values; there is no compiler; results differ.
         """
-        random_state = torch.get_rng_state()
+        noise = random_state(self.device)
         if self._gathers and not self.data.binarize:
             for rows, _ in chunks(self.data.tensor):
                 self._check_domain(rows)
         state = [tensor.clone() for tensor in self.state]  # recording a step takes it
         inputs = [*self._drawn_from(source), self._numbers(), *state]
-        another = (source + 1) % len(self.data) if self._gathers else source.flip(0)
         try:
             with pyro.validation_enabled(False):
                 first = self._eagerly(source)
+                if not first["loss"].isfinite():
+                    return False
                 self.written = [  # the statistics of a batch norm, say
                     not torch.equal(first[name], tensor)
                     for name, tensor in zip(self.other_names, self.others, strict=True)
                 ]
                 self.run = _machine_code(_record(self._computed, inputs), inputs)
-                torch.set_rng_state(random_state)
+                set_random_state(noise, self.device)
                 self._require_equal(self._compiled(source), first)
-                torch.set_rng_state(random_state)
+                set_random_state(noise, self.device)
                 with _at_the_end(self.objective):
-                    second = self._eagerly(another)
+                    for shift in range(1, 10):  # to a batch without a fault, too
+                        gathers = self._gathers
+                        another = (source + shift) % len(self.data) if gathers else source.flip(0)
+                        second = self._eagerly(another)
+                        if second["loss"].isfinite():
+                            break
                     self._require_equal(self._compiled(another), second)
+            if self.device.type == "cuda":
+                self._capture(source)
         finally:
-            torch.set_rng_state(random_state)
+            set_random_state(noise, self.device)
+        return True
+
+    def _capture(self, source: Tensor) -> None:
+        """Make one launch of the graph's many, where the GPU can do it all without the CPU."""
+        run = partial(self.run, self.data.tensor) if self._gathers else self.run
+        try:
+            self.captured = CudaGraph(run, [source, self._numbers()], self.state)
+        except CannotCapture as error:
+            self.not_captured_because = str(error)
+            warnings.warn(
+                f"fit launches the operations of its compiled steps one by one, because {error}",
+                stacklevel=11,  # of who called fit
+            )
+        else:
+            self.not_captured_because = ""
 
     def step(self, source: Tensor) -> float | None:
         """Take a step and return the loss; None where an eager step is due, and all is as before.
@@ -217,14 +254,18 @@ class CompiledStep:
         if self.decays != [_decay(self.optim, k) for k in range(len(self.decays))]:
             self.leave()
             return None
-        random_state = torch.get_rng_state()
+        noise = random_state(self.device)
         self.own_steps += 1
-        with float32_products(self.device):
-            loss, *gradients = self.run(*self._drawn_from(source), self._numbers(), *self.state)
+        inputs, numbers = self._drawn_from(source), self._numbers()
+        if self.captured is not None:
+            loss, *gradients = self.captured(source, numbers)
+        else:
+            with float32_products(self.device):
+                loss, *gradients = self.run(*inputs, numbers, *self.state)
         value = float(loss)
         if not math.isfinite(value):
             self.own_steps -= 1
-            torch.set_rng_state(random_state)
+            set_random_state(noise, self.device)
             self.leave()
             return None
         if not self.adam:
@@ -238,7 +279,7 @@ class CompiledStep:
         if self.adam:
             for parameter in self.parameters:
                 self.optim.state[parameter]["step"] += self.own_steps
-        self.own_steps = 0
+        self.own_steps, self.known_steps = 0, None
 
     @property
     def _gathers(self) -> bool:
@@ -258,9 +299,9 @@ class CompiledStep:
 
     def _numbers(self, **replaced: Any) -> Tensor:
         """Return all that may change from step to step, in the order that `_computed` expects."""
-        t = self.own_steps
-        if self.adam:
-            t += int(self.optim.state[self.parameters[0]]["step"])
+        if self.adam and self.known_steps is None:
+            self.known_steps = int(self.optim.state[self.parameters[0]]["step"])
+        t = self.own_steps + (self.known_steps or 0)
         numbers = [float(getattr(self.objective, "beta", 1.0)), self.clip_norm or math.inf]
         for group in self.optim.param_groups if self.adam else ():
             (beta1, beta2), lr = replaced.get("betas", group["betas"]), float(group["lr"])
@@ -312,7 +353,7 @@ class CompiledStep:
 
     def _eagerly(self, source: Tensor) -> dict[str, Tensor]:
         """Return what a step computes, by name, without taking it."""
-        random_state, before = torch.get_rng_state(), [tensor.clone() for tensor in self.others]
+        noise, before = random_state(self.device), [tensor.clone() for tensor in self.others]
         batch = self.data.batch(source) if self._gathers else source
         with products_in(self.precision):
             loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
@@ -322,7 +363,7 @@ class CompiledStep:
         after = [tensor.clone() for tensor in self.others]
         for tensor, value in zip(self.others, before, strict=True):
             tensor.copy_(value)
-        torch.set_rng_state(random_state)
+        set_random_state(noise, self.device)
         return self._named(loss.detach(), gradients, after)
 
     def _compiled(self, source: Tensor) -> dict[str, Tensor]:
@@ -494,8 +535,16 @@ def _machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
+    on_cpu = inputs[-1].device.type == "cpu"
+    options = {name: value for name, value in INDUCTOR.items() if on_cpu or name not in ON_CPU}
     try:
-        with torch._inductor.config.patch(INDUCTOR), mock.patch.dict(os.environ):
+        with (
+            torch._inductor.config.patch(options),
+            mock.patch.dict(os.environ),
+            warnings.catch_warnings(),
+        ):
+            # the precision of products is the user's choice
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             # where that is set, Inductor holds the operation below to rules for its own changes
             os.environ.pop("CI", None)
             decompositions = dict(select_decomp_table())

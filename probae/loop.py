@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import checkpoints, distributed
-from .autoencoder import Autoencoder
+from .autoencoder import Autoencoder, RandomState, random_state, set_random_state
 from .batches import MappedRows, TrainingData
 from .compiling import Accelerator, CompiledStep
 from .interrupts import Interrupts
@@ -120,9 +120,9 @@ class Training:
             order = self.data.order()
             self.order = None if order is None else distributed.from_main(order)
             if self.shares_noise:
-                cpu, gpu = _noise(self.pair.device)
+                cpu, gpu = random_state(self.pair.device)
                 gpu = None if gpu is None else distributed.from_main(gpu)
-                _set_noise((distributed.from_main(cpu), gpu), self.pair.device)
+                set_random_state((distributed.from_main(cpu), gpu), self.pair.device)
         share = None if distributed.world_size() == 1 else distributed.share_of
         while not self.interrupted:  # once more after data that could not be read
             sources: Any = self.data.sources(
@@ -161,6 +161,7 @@ class Training:
             if isinstance(error, torch.linalg.LinAlgError) and not self.skips:
                 raise
             self.optim.zero_grad(set_to_none=True)
+            self.compiler.watch_anew()
             found = str(error)
             lost = _Fault("a matrix lost its rank, or is not finite", lambda: found)
             self.leave_out(error if isinstance(error, _Fault) else lost)
@@ -176,7 +177,7 @@ class Training:
         """Return the loss of a batch, summed over its data, and their number."""
         if isinstance(source, _Fault):
             if distributed.world_size() > 1:
-                return self.common_step(source, None, _noise(self.pair.device))
+                return self.common_step(source, None, random_state(self.pair.device))
             raise source
         loss = self.compiler.step(source)
         if loss is not None:
@@ -184,7 +185,7 @@ class Training:
         with self.noise():
             batch = self.data.batch(source)
         places = self.places()
-        streams = _noise(batch.device)
+        streams = random_state(batch.device)
         if distributed.world_size() > 1:
             return self.common_step(batch, places, streams)
         value, loss_tensor = self.forward(batch, streams)
@@ -214,7 +215,7 @@ class Training:
         rows = distributed.share_of(torch.arange(self.size()))
         return SharedNoise(int(rows[0]), len(rows), self.size())
 
-    def forward(self, batch: Tensor, streams: _Noise) -> tuple[float, Tensor | None]:
+    def forward(self, batch: Tensor, streams: RandomState) -> tuple[float, Tensor | None]:
         """Return the loss summed over data, also as a tensor where it is finite."""
         check, self.is_first = self.is_first, False
         try:
@@ -228,19 +229,19 @@ class Training:
         return value, loss if math.isfinite(value) else None
 
     def fault_of_loss(
-        self, value: float, batch: Tensor, places: Tensor | None, streams: _Noise
+        self, value: float, batch: Tensor, places: Tensor | None, streams: RandomState
     ) -> _Fault:
         """Return the fault of a loss that is not finite."""
 
         return _Fault(f"loss became {value}", lambda: self.find_fault(batch, places, streams))
 
-    def find_fault(self, batch: Tensor, places: Tensor | None, streams: _Noise) -> str | None:
+    def find_fault(self, batch: Tensor, places: Tensor | None, streams: RandomState) -> str | None:
         """Name the site and the datum at fault, under the noise that the step had."""
-        _set_noise(streams, self.pair.device)
+        set_random_state(streams, self.pair.device)
         with self.noise():
             return find_fault(self.pair, batch, places)
 
-    def update(self, batch: Tensor, places: Tensor | None, streams: _Noise) -> None:
+    def update(self, batch: Tensor, places: Tensor | None, streams: RandomState) -> None:
         """Let the optimizer make its step, if the gradients are finite."""
         owners = [p for g in self.optim.param_groups for p in g["params"] if p.grad is not None]
         gradients = [p.grad for p in owners if p.grad is not None]
@@ -251,7 +252,7 @@ class Training:
             names = [name for name, p in self.pair.named_parameters() if id(p) in broken]
 
             def find() -> str | None:
-                _set_noise(streams, self.pair.device)
+                set_random_state(streams, self.pair.device)
                 with self.noise():
                     return broken_gradient(self.pair, self.objective, batch, places, names)
 
@@ -261,7 +262,7 @@ class Training:
         self.optim.step()
 
     def common_step(
-        self, batch: Tensor | _Fault, places: Tensor | None, streams: _Noise
+        self, batch: Tensor | _Fault, places: Tensor | None, streams: RandomState
     ) -> tuple[float, int]:
         """Take a step with the other processes: one sum of gradients, loss, and what all ask for.
 
@@ -496,20 +497,6 @@ _COUNTED = (
     "skipped_now",
     "skipped_in_a_row",
 )
-
-_Noise = tuple[Tensor, Tensor | None]  # torch's random streams, of the CPU and of a GPU
-
-
-def _noise(device: torch.device) -> _Noise:
-    return torch.get_rng_state(), (
-        torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    )
-
-
-def _set_noise(streams: _Noise, device: torch.device) -> None:
-    torch.set_rng_state(streams[0])
-    if streams[1] is not None:
-        torch.cuda.set_rng_state(streams[1], device)
 
 
 def streams_of_all(device: torch.device) -> list[dict[str, Tensor]]:

@@ -11,12 +11,14 @@ from torch import Tensor
 from .autoencoder import Autoencoder, frozen
 
 CHUNK_BYTES = 4 * 2**20  # widest activation of one pass through the decoder; fits in cache
+GPU_BYTES = 64 * CHUNK_BYTES  # the same on a GPU, which small passes leave idle
 
 
 def rows_in_budget(pair: Autoencoder) -> int:
-    """Return the number of codes whose widest activation takes ``CHUNK_BYTES``, at least 1."""
+    """Return the number of codes whose widest activation takes that many bytes, at least 1."""
     size = torch.empty((), dtype=pair.dtype).element_size()
-    return max(1, CHUNK_BYTES // (size * _widest(pair)))
+    budget = CHUNK_BYTES if pair.device.type == "cpu" else GPU_BYTES
+    return max(1, budget // (size * _widest(pair)))
 
 
 def _widest(pair: Autoencoder) -> int:

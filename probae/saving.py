@@ -133,7 +133,7 @@ def save(pair: Autoencoder, path: str | os.PathLike[str]) -> Path:
 def load(
     path: str | os.PathLike[str],
     pair: Autoencoder | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> Autoencoder:
     """Read a pair from the folder ``path``.
 
@@ -145,7 +145,7 @@ def load(
         path: folder that :func:`save` wrote.
         pair: a pair of the same structure and dtype to load the parameters into, for pairs with
             parts of your own; without it, the pair is rebuilt. A load that fails leaves it alone.
-        device: where to put it.
+        device: where to put it; by default where ``pair`` is, and without one on the CPU.
 
     Raises:
         FileNotFoundError: no saved pair at ``path``.
@@ -165,6 +165,8 @@ def load(
             raise FileNotFoundError(f"path {folder} holds no saved pair: {name} is missing")
     if pair is not None:
         require_pair(pair)
+    if device is None:
+        device = "cpu" if pair is None else pair.device
     try:
         place = torch.empty((), device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:

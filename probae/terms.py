@@ -190,12 +190,15 @@ def sum_terms(traces: Traces, analytic: bool, detach_guide: bool, per_datum: boo
             if log_q.requires_grad:
                 inside["score"].append(log_q)
     shape = (traces.num_particles, _data_size(traces))
+    every = [term for terms in (*inside.values(), *shared.values()) for term in terms]
+    zero = every[0].new_zeros(())  # of their dtype and device
+    zeros = zero.expand(shape)
     return Terms(
-        log_likelihood=_total(inside["observed"], shape),
-        kl=_total(inside["kl"], shape),
-        score=_total(inside["score"], shape),
-        shared=sum(shared["observed"], torch.zeros(())),
-        shared_kl=sum(shared["kl"], torch.zeros(())),
+        log_likelihood=_total(inside["observed"], zeros),
+        kl=_total(inside["kl"], zeros),
+        score=_total(inside["score"], zeros),
+        shared=sum(shared["observed"], zero),
+        shared_kl=sum(shared["kl"], zero),
         scale=_data_scale(traces) if per_datum else 1.0,
         kl_method=kl_method,
     )
@@ -214,7 +217,7 @@ def log_prob_of(name: str, site: Site, detached: bool = False) -> Tensor:
 def _score_function(site: Site) -> Tensor:
     """Log-probability of what was drawn without reparameterisation: all of it, or a part."""
     score = site["fn"].score_parts(site["value"]).score_function
-    return scale_and_mask(torch.as_tensor(score), mask=site["mask"])
+    return scale_and_mask(_as_tensor(score, site), mask=site["mask"])
 
 
 def _scaled(log_prob: Tensor, site: Site) -> Tensor:
@@ -231,7 +234,12 @@ def _analytic_kl(site: Site, guide_site: Site) -> Tensor | None:
         kl = kl_divergence(guide_site["fn"], site["fn"])
     except NotImplementedError:
         return None
-    return scale_and_mask(torch.as_tensor(kl), mask=guide_site["mask"])
+    return scale_and_mask(_as_tensor(kl, guide_site), mask=guide_site["mask"])
+
+
+def _as_tensor(term: Any, site: Site) -> Tensor:
+    """Return a term as a tensor where its site is; of masked densities Pyro gives the number 0."""
+    return torch.as_tensor(term, device=site["value"].device)
 
 
 def _in_plate(site: Site, plate: str) -> bool:
@@ -267,8 +275,6 @@ def _data_scale(traces: Traces) -> float | Tensor:
     return scales.pop()
 
 
-def _total(terms: list[Tensor], shape: tuple[int, int]) -> Tensor:
-    """Sum terms that broadcast to (K, N); zeros where there are none."""
-    if not terms:
-        return torch.zeros(shape)
-    return sum(terms[1:], terms[0]).expand(shape)
+def _total(terms: list[Tensor], zeros: Tensor) -> Tensor:
+    """Sum terms that broadcast to (K, N); zeros (K, N) where there are none."""
+    return sum(terms[1:], terms[0]).expand_as(zeros) if terms else zeros

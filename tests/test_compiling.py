@@ -325,6 +325,30 @@ def test_a_gradient_that_is_not_finite_is_left_out_like_an_eager_one(interpreted
         torch.testing.assert_close(p, q)
 
 
+def test_a_first_step_that_is_left_out_is_not_the_one_to_learn_from(interpreted: list) -> None:
+    x = bits(40)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        first = torch.randperm(40)[0]
+    x[first] = 9.0  # beyond what the encoder takes
+
+    def encoder(x: Tensor, p: Tensor) -> Any:
+        bad = (x > 8).any(-1, keepdim=True)
+        return dist.Normal(torch.where(bad, math.nan, x[..., :Z] + p), 1.0).to_event(1)
+
+    losses = []
+    for compile in (False, True):
+        pair = with_encoder(encoder)
+        with pytest.warns(UserWarning, match="loss became nan at epoch 1, step 1:"):
+            run = fit(
+                pair, x, bits(4), epochs=2, batch_size=4, compile=compile, seed=5, on_fault="skip"
+            )
+        losses.append(run.history["loss"])
+        assert run.skipped == 2
+    assert len(interpreted) == 1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_a_step_without_finite_loss_changes_nothing(interpreted: list) -> None:
     pair, data = normed(), torch.cat([bits(), torch.full((1, X), math.inf)])
     optim = torch.optim.Adam(pair.parameters(), lr=0.1)
