@@ -25,7 +25,6 @@ from .chains import (
     posterior_samples,
 )
 from .code_index import Ball, CodeIndex, Neighbours
-from .compiling import CannotCompile
 from .corruptions import (
     BitFlip,
     Corruption,
@@ -62,6 +61,7 @@ from .encoders import (
     PointEncoder,
 )
 from .factors import CodeCoupling, ContractivePenalty, jacobian_norm
+from .graphs import CannotCompile
 from .hashing import NoisySigmoidEncoder, ProbitEncoder, ThresholdEncoder
 from .latent import Walk, interpolate, traverse
 from .likelihood import (

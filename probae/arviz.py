@@ -486,7 +486,7 @@ def pareto_khat(tail: Tensor, num_samples: int) -> Tensor:
     r"""Pareto k of importance weights, given their largest ones.
 
     Smoothing looks only at the M = min(K/5, 3√K) largest of the K weights and at the next one,
-    their threshold; the others are filled in at that threshold, so memory does not grow with K.
+    their threshold; no more are sorted than make ArviZ look at M, filled in at that threshold.
 
     Args:
         tail: the largest log-weights of each datum, (M + 1, N).
@@ -516,21 +516,25 @@ def pareto_khat(tail: Tensor, num_samples: int) -> Tensor:
         if not np.isfinite(largest).all() or (largest > largest.min()).sum() < 5:
             khat[n] = np.nan
             continue
-        weights = np.full(num_samples, largest.min())
+        few = 5 * (len(largest) - 1)  # of which M are a fifth
+        weights = np.full(min(few, num_samples), largest.min())
         weights[: len(largest)] = largest
-        khat[n] = _psis(weights)
+        khat[n] = _psis(weights, 1.0 if few >= num_samples else FEW)
     return torch.from_numpy(khat).to(tail)
 
 
-def _psis(log_weights: np.ndarray) -> float:
+FEW = 1e-6  # relative efficiency at which a fifth of the weights, and not 3√K, is looked at
+
+
+def _psis(log_weights: np.ndarray, r_eff: float) -> float:
     arviz = _arviz()
     if _is_old(arviz):
         with np.errstate(over="ignore"):  # one weight far above the others
-            return float(arviz.psislw(log_weights)[1])
+            return float(arviz.psislw(log_weights, r_eff)[1])
     from arviz_stats.base import array_stats
 
     try:
-        return float(array_stats.psislw(-log_weights)[1])  # 1.x takes minus the log-weights
+        return float(array_stats.psislw(-log_weights, r_eff)[1])  # 1.x takes minus the log-weights
     except ValueError:  # all of the tail is one value
         return math.nan
 

@@ -14,63 +14,29 @@ import contextlib
 import copy
 import itertools
 import math
-import os
 import statistics
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pyro
 import torch
-from pyro.infer import trace_elbo, trace_mean_field_elbo
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from .autoencoder import Autoencoder, random_state, set_random_state
 from .batches import TrainingData
 from .checks import chunks
 from .corruptions import Corruption
 from .cuda_graphs import CannotCapture, CudaGraph
+from .graphs import CannotCompile, machine_code, record, require_equal
 from .objectives import ELBO, PerDatumObjective
-from .part import RECORDING
 from .precision import float32_products, products_in
 
 WATCHED = 10  # eager steps whose time is taken before compile="auto" decides
 WORTH = 30.0  # seconds that the rest of a run must take eagerly for "auto" to compile
 MOMENTS = ("exp_avg", "exp_avg_sq")  # in the state of torch's Adam
-INDUCTOR = {
-    "fallback_random": True,  # torch's own random stream, as in eager steps
-    "memory_planning": True,  # one block of memory a step, which malloc keeps
-    "memory_pool": "combined",
-    "size_asserts": False,
-    "alignment_asserts": False,
-}
-ON_CPU = ("memory_planning", "memory_pool")  # a GPU's memory is torch's own to keep
-
-
-class CannotCompile(RuntimeError):
-    """Why a step cannot be compiled, in words that follow "because".
-
-    Example:
-        >>> import torch, probae
-        >>> pair = probae.PredictiveSparseDecomposition(8, 4)  # its encoder iterates on the data
-        >>> try:
-        ...     probae.fit(pair, torch.randn(64, 8), batch_size=8, compile=True, progress=False)
-        ... except probae.CannotCompile as error:
-        ...     print("refused")
-        refused
-    """
-
-
-def require_mode(compile: Any) -> None:
-    """Raise a ValueError unless the argument is True, False or "auto"."""
-    if not isinstance(compile, bool) and not (isinstance(compile, str) and compile == "auto"):
-        raise ValueError(f"compile must be True, False or 'auto', got {compile!r}")
 
 
 class Accelerator:
@@ -213,7 +179,7 @@ class CompiledStep:
                     not torch.equal(first[name], tensor)
                     for name, tensor in zip(self.other_names, self.others, strict=True)
                 ]
-                self.run = _machine_code(_record(self._computed, inputs), inputs)
+                self.run = machine_code(record(self._computed, inputs), inputs)
                 set_random_state(noise, self.device)
                 self._require_equal(self._compiled(source), first)
                 set_random_state(noise, self.device)
@@ -380,17 +346,9 @@ class CompiledStep:
         return self._named(loss, gradients, state[n:][: len(self.others)])
 
     def _require_equal(self, values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-        """Raise unless tensors agree up to the rounding of long sums, or of bfloat16."""
         coarse = 3e-2 if self.precision == "bf16" else 1e-3
-        for name, reference in expected.items():
-            tolerance = coarse if reference.dtype.itemsize < 8 else 1e-6
-            distance = torch.dist(values[name].double(), reference.double())
-            if not distance <= tolerance * (reference.double().norm() + 1e-3):
-                raise CannotCompile(
-                    f"the compiled step gives another {name} than the eager one: something that "
-                    "changes from step to step is no tensor, or random numbers come in another "
-                    "order"
-                )
+        names = list(expected)
+        require_equal([values[name] for name in names], list(expected.values()), names, coarse)
 
     def _named(
         self, loss: Tensor, gradients: list[Tensor], others: list[Tensor]
@@ -479,30 +437,6 @@ def _decay(optim: torch.optim.Optimizer, group: int) -> str:
 
 
 @contextlib.contextmanager
-def _values_unseen() -> Iterator[None]:
-    """Run programs without what looks at values: checks, and losses made Python numbers."""
-    token = RECORDING.set(True)
-    try:
-        with contextlib.ExitStack() as stack:
-            for module in (trace_elbo, trace_mean_field_elbo):
-                stack.enter_context(mock.patch.object(module, "torch_item", _detached))
-                stack.enter_context(mock.patch.object(module, "warn_if_nan"))
-            stack.enter_context(mock.patch.object(nn.functional, "one_hot", _one_hot))
-            yield
-    finally:
-        RECORDING.reset(token)
-
-
-def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) else x
-
-
-def _one_hot(index: Tensor, num_classes: int) -> Tensor:
-    classes = torch.arange(num_classes, device=index.device)
-    return (index.unsqueeze(-1) == classes).to(index.dtype)
-
-
-@contextlib.contextmanager
 def _at_the_end(objective: Any) -> Iterator[None]:
     """Set the schedules of an objective to the end of training."""
     if not isinstance(objective, PerDatumObjective):
@@ -513,59 +447,3 @@ def _at_the_end(objective: Any) -> Iterator[None]:
         yield
     finally:
         objective.epoch = epoch
-
-
-def _record(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> torch.fx.GraphModule:
-    """Return the tensor operations of a function."""
-    try:
-        with _values_unseen():
-            return make_fx(function, tracing_mode="real")(*inputs)
-    except Exception as error:
-        if "get value out of a tracing tensor" not in str(error):
-            raise CannotCompile(
-                f"it cannot be recorded: {type(error).__name__}: {_first_line(error)}"
-            ) from error
-        raise CannotCompile(
-            f"it branches on the value of a tensor{_place(error)}, which a graph cannot"
-        ) from error
-
-
-def _machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """Compile recorded operations for inputs of these shapes."""
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
-
-    on_cpu = inputs[-1].device.type == "cpu"
-    options = {name: value for name, value in INDUCTOR.items() if on_cpu or name not in ON_CPU}
-    try:
-        with (
-            torch._inductor.config.patch(options),
-            mock.patch.dict(os.environ),
-            warnings.catch_warnings(),
-        ):
-            # the precision of products is the user's choice
-            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-            # where that is set, Inductor holds the operation below to rules for its own changes
-            os.environ.pop("CI", None)
-            decompositions = dict(select_decomp_table())
-            # as rand() < p it would draw other numbers than in eager steps
-            decompositions.pop(torch.ops.aten.bernoulli.default, None)
-            compiled: Any = compile_fx(graph, inputs, decompositions=decompositions)
-            return compiled
-    except Exception as error:
-        raise CannotCompile(
-            f"Inductor failed with {type(error).__name__}: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-
-
-def _place(error: BaseException) -> str:
-    """Name the innermost line of an error that is neither torch's nor Pyro's."""
-    libraries = [Path(module.__file__ or "").parent for module in (torch, pyro)]
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not any(Path(frame.filename).is_relative_to(library) for library in libraries):
-            return f" ({Path(frame.filename).name}, line {frame.lineno})"
-    return ""

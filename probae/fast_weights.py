@@ -1,28 +1,27 @@
-"""The fast path to importance weights: binary data, a perceptron, and no Pyro handlers.
+"""The fast path to importance weights: Gaussian codes, a perceptron, binary data, no handlers.
 
 It does what :func:`probae.importance.plain_weights` does, for the pairs of most tutorials and
 papers, at close to the rate of the matrix products alone. What makes it fast: the encoder runs once
-for all samples of a datum, products are written into buffers that are used again, a sigmoid, by far
+for all samples of a datum; products are written into buffers that are used again; a sigmoid, by far
 the cheapest transcendental function of torch on processors, serves for the tanh and for the
-Bernoulli log-likelihood, and a logarithm is taken of products of many.
+Bernoulli log-likelihood; and one logarithm is taken of the product of many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import pyro.distributions as dist
 import torch
-from torch import Size, Tensor, nn
-from torch.distributions import Independent
+from torch import Tensor, nn
 
 from .autoencoder import Autoencoder
 from .decoders import BernoulliDecoder
+from .encoders import GaussianEncoder
 from .importance import Weigh
 from .networks import MLP
-from .part import Part
+from .priors import StandardNormalPrior
 
 FACTORS = 32  # sigmoids in a product whose logarithm is taken
 LEAST = 1e-30  # of a product that has all its digits
@@ -43,7 +42,11 @@ def fast_weights(pair: Autoencoder, proposal: nn.Module | None) -> Callable[[Ten
     altered = pair.corruption is not None or pair.factor is not None or pair.has_own_programs()
     if (
         (proposal is None and altered)
-        or not _is_ours(pair.prior, encoder)
+        or type(pair.prior) is not StandardNormalPrior
+        or type(encoder) is not GaussianEncoder
+        or not all(
+            type(m).__module__.startswith(("probae.", "torch.nn.")) for m in encoder.modules()
+        )
         or type(decoder) is not BernoulliDecoder
         or type(decoder.network) is not MLP
         or decoder.network.out_activation is not None
@@ -66,12 +69,15 @@ def fast_weights(pair: Autoencoder, proposal: nn.Module | None) -> Callable[[Ten
     def weigh(x: Tensor) -> Weigh:
         sign = (2 * x - 1).flatten(1)  # (N, D): log p(x|z) = sum of log sigmoid(sign * logits)
         signed_bias = sign * last.bias
-        codes, prior = encoder(x), pair.prior()
-        draw_codes = _normal_codes if _are_normal(codes, prior) else _codes
+        q, p = encoder(x).base_dist, pair.prior().base_dist
+        log_scales = (q.scale / p.scale).log().sum(1)
 
         def draw(count: int) -> Tensor:
-            z, log_ratio = draw_codes(codes, prior, count)  # (K, N, …), (K, N)
-            h = z.reshape(count * len(x), -1)
+            eps = torch.randn(count, *q.loc.shape, dtype=x.dtype, device=x.device)
+            z = torch.addcmul(q.loc, q.scale, eps)  # (K, N, z_dim)
+            standard = (z - p.loc).div_(p.scale)
+            log_ratio = eps.square_().sub_(standard.square_()).sum(2).mul_(0.5).add_(log_scales)
+            h = z.flatten(0, 1)
             for layer in hidden:
                 h = layer.activate(product(h, layer.weight).add_(layer.bias))
             logits = product(h, last.weight).view(count, *sign.shape)
@@ -86,33 +92,6 @@ def fast_weights(pair: Autoencoder, proposal: nn.Module | None) -> Callable[[Ten
         return draw
 
     return weigh
-
-
-def _codes(codes: Any, prior: Any, count: int) -> tuple[Tensor, Tensor]:
-    """Draw codes, and return log p(z) - log q(z|x), too."""
-    shape = Size((count,))
-    z = codes.rsample(shape) if codes.has_rsample else codes.sample(shape)
-    return z, prior.log_prob(z) - codes.log_prob(z)
-
-
-def _normal_codes(codes: Any, prior: Any, count: int) -> tuple[Tensor, Tensor]:
-    r"""Do the same for Normals, from the noise ε: ½ Σ (ε² - ((z - m)/τ)²) + Σ log σ/τ."""
-    q, p = codes.base_dist, prior.base_dist
-    noise = torch.randn(count, *q.loc.shape, dtype=q.loc.dtype, device=q.loc.device)
-    z = torch.addcmul(q.loc, q.scale, noise)
-    standard = (z - p.loc).div_(p.scale)
-    log_ratio = noise.square_().sub_(standard.square_()).flatten(2).sum(2).mul_(0.5)
-    return z, log_ratio.add_((q.scale / p.scale).log().flatten(1).sum(1))
-
-
-def _are_normal(codes: Any, prior: Any) -> bool:
-    """Whether both are independent Normals, of as many dimensions."""
-    return all(
-        isinstance(d, Independent)
-        and type(d.base_dist) is dist.Normal
-        and d.reinterpreted_batch_ndims == len(prior.event_shape)
-        for d in (codes, prior)
-    )
 
 
 def log_of_product_(factors: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -154,13 +133,5 @@ _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.Sigmoid: Tensor.sigmoid_,
     nn.ReLU: Tensor.relu_,
 }
+_KNOWN = ("probae.", "torch.nn.")  # modules of others may hold Pyro sites of their own
 _LAYERS = (MLP, nn.Sequential, nn.Linear)
-
-
-def _is_ours(*parts: nn.Module) -> bool:
-    """Whether every module is of this library or torch: others may hold Pyro sites of their own."""
-    return all(
-        type(m).__module__.startswith(("probae.", "torch.nn.")) and isinstance(part, Part)
-        for part in parts
-        for m in part.modules()
-    )

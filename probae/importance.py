@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from .arviz import pareto_khat, tail_size
 from .autoencoder import Autoencoder, Kind
+from .graphs import CannotCompile, compiled
 from .terms import log_weights
 
+WORTH = 5000  # draws of a block of memory, a few milliseconds each, that earn a compilation back
 Weigh = Callable[[int], Tensor]  # K -> log-weights (K, N) of fresh draws, in nats
 
 
@@ -50,6 +53,38 @@ def _programs(
             pyro.sample("x", pair.decoder(z), obs=x)
 
     return generate, propose
+
+
+def compiled_weights(
+    weigh: Callable[[Tensor], Weigh], x: Tensor, count: int, mode: bool | str, num_draws: int
+) -> Callable[[Tensor], Weigh]:
+    """Return the function with machine code for ``count`` samples at a time for data like x.
+
+    It gives the same draws up to rounding; other numbers of samples and of data stay as they are.
+
+    Raises:
+        CannotCompile: ``mode=True``, and it cannot be.
+    """
+    if mode is False or (mode == "auto" and num_draws < WORTH):
+        return weigh
+    try:
+        run = compiled(lambda x: [weigh(x)(count)], [x])
+    except CannotCompile as error:
+        if mode is True:
+            raise
+        warnings.warn(
+            f"log_likelihood draws eagerly, and so more slowly, because {error}; with "
+            "compile=False it does not try",
+            stacklevel=4,  # of who called log_likelihood
+        )
+        return weigh
+
+    def compiled_weigh(other: Tensor) -> Weigh:
+        if other.shape != x.shape:
+            return weigh(other)
+        return lambda k: run(other)[0] if k == count else weigh(other)(k)
+
+    return compiled_weigh
 
 
 class StreamingWeights:

@@ -26,7 +26,8 @@ from .datasets import as_tensor
 from .distributions import GreyBernoulli, has_component, is_discrete, is_flat
 from .exact import MAX_STATES, closed_form
 from .fast_weights import fast_weights
-from .importance import StreamingWeights, plain_weights
+from .graphs import require_mode
+from .importance import StreamingWeights, compiled_weights, plain_weights
 from .memory import counts, rows_in_budget
 from .part import require_count, require_flag
 from .precision import float32_products
@@ -236,6 +237,7 @@ def log_likelihood(
     annealing: Annealing | None = None,
     seed: int | None = 0,
     progress: bool = False,
+    compile: bool | str = "auto",
 ) -> LogLikelihood:
     r"""Estimate log p(x) of each datum.
 
@@ -270,6 +272,9 @@ def log_likelihood(
         annealing: temperatures, moves and start of ais; default: ``Annealing()``.
         seed: of the samples of z; None draws from the global stream.
         progress: show a progress bar.
+        compile: let machine code draw and weigh samples, which gives the same values up to
+            rounding: True, False, or ``"auto"`` where the work takes long enough to earn some
+            seconds of compilation back, else with a warning that says why it cannot be.
 
     Returns:
         LogLikelihood: values and standard errors per datum in nats, and diagnostics.
@@ -294,6 +299,7 @@ def log_likelihood(
     require_parts(pair)
     known = ("auto", "exact", "elbo", "iwae", "ais")
     require_flag(progress, "progress")
+    require_mode(compile)
     if not isinstance(method, str) or method not in known:
         raise ValueError(f"method must be one of {', '.join(known)}, got {method!r}")
     if num_samples is not None:
@@ -351,7 +357,9 @@ def log_likelihood(
             warnings.warn(_advice(pair, ll), LikelihoodWarning, stacklevel=2)
         return ll
     samples = num_samples or {"elbo": 100, "iwae": 5000}[chosen]
-    values, std_error, ess, khat = _weighed(pair, data, chosen, samples, proposal, seed, progress)
+    values, std_error, ess, khat = _weighed(
+        pair, data, chosen, samples, proposal, seed, progress, compile
+    )
     ll = LogLikelihood(
         values, std_error, ess, khat, chosen, True, samples, dimension, None, is_density
     )
@@ -368,11 +376,13 @@ def _weighed(
     proposal: nn.Module | None,
     seed: int | None,
     progress: bool,
+    compile: bool | str,
 ) -> list[Tensor]:
     """Return values, standard errors, effective sample sizes and Pareto k of importance samples."""
-    weigh = plain_weights(pair, method, proposal)
-    weigh = fast_weights(pair, proposal) or weigh
+    plain, fast = plain_weights(pair, method, proposal), fast_weights(pair, proposal)
     rows = rows_in_budget(pair)
+    at_once = min(len(data), max(min(64, rows), rows // num_samples))
+    most = min(num_samples, max(1, rows // at_once))
     results = []
     with (
         frozen(pair, seed),
@@ -380,15 +390,17 @@ def _weighed(
         float32_products(pair.device),
         tqdm(total=len(data), disable=not progress, unit="datum") as bar,
     ):
-        for chunk in data.split(max(min(64, rows), rows // num_samples)):
-            streaming, draw = StreamingWeights(num_samples, chunk), weigh(chunk)
+        num_draws = len(data) * num_samples // (at_once * most)
+        weigh = fast or compiled_weights(plain, data[:at_once], most, compile, num_draws)
+        for x in data.split(at_once):
+            streaming, draw = StreamingWeights(num_samples, x), weigh(x)
             for count in counts(num_samples, BLOCK):
-                log_weights = chunk.new_empty(count, len(chunk))
-                for block in log_weights.split(max(1, rows // len(chunk))):
+                log_weights = x.new_empty(count, len(x))
+                for block in log_weights.split(most):
                     block.copy_(draw(len(block)))
                 streaming.add(log_weights)
             results.append(streaming.elbo() if method == "elbo" else streaming.iwae())
-            bar.update(len(chunk))
+            bar.update(len(x))
     return [torch.cat(column) for column in zip(*results, strict=True)]
 
 

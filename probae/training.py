@@ -23,8 +23,9 @@ from . import checkpoints, distributed
 from .autoencoder import Autoencoder, Kind, local_parameters, seeded
 from .batches import MappedRows, TrainingData
 from .checks import is_grey, require_gradients, require_pair
-from .compiling import Accelerator, CompiledStep, require_mode
+from .compiling import Accelerator, CompiledStep
 from .files import held
+from .graphs import require_mode
 from .interrupts import Interrupts
 from .loop import Best, Training, part_streams, set_streams, streams_of_all
 from .monitoring import bound_on, kind_of_loss

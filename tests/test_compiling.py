@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 import probae
 from probae import Autoencoder, LinearWarmup, compiling
-from probae.compiling import CannotCompile
+from probae.graphs import CannotCompile
 
 from .conftest import Case
 
@@ -42,13 +42,13 @@ def bits(n: int = 20) -> Tensor:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     """Return the graphs that get compiled in the test."""
-    made, compile = [], compiling._machine_code
+    made, compile = [], compiling.machine_code
 
     def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         made.append(graph)
         return compile(graph, inputs)
 
-    monkeypatch.setattr(compiling, "_machine_code", machine_code)
+    monkeypatch.setattr(compiling, "machine_code", machine_code)
     return made
 
 
@@ -61,7 +61,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
         made.append(graph)
         return graph
 
-    monkeypatch.setattr(compiling, "_machine_code", as_it_is)
+    monkeypatch.setattr(compiling, "machine_code", as_it_is)
     return made
 
 

@@ -22,7 +22,8 @@ from torch.utils.data import Dataset, TensorDataset
 import probae
 import probae.cli
 from probae import Autoencoder, compiling, cuda_graphs, training
-from probae.compiling import CannotCompile, CompiledStep
+from probae.compiling import CompiledStep
+from probae.graphs import CannotCompile
 
 from .conftest import Case, Z
 

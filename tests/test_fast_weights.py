@@ -34,12 +34,6 @@ PAIRS: dict[str, Callable[[], probae.Autoencoder]] = {
     "relu": lambda: vae(activation="relu"),
     "sigmoid": lambda: vae(activation="sigmoid"),
     "affine": lambda: vae(hidden=()),
-    "mixture prior": lambda: vae(prior=probae.GaussianMixturePrior(3, 4)),
-    "bits": lambda: probae.Autoencoder(
-        probae.BernoulliPrior(4),
-        probae.BernoulliEncoder(probae.MLP(X, 4)),
-        probae.BernoulliDecoder(probae.MLP(4, X, (6,), activation="relu")),
-    ),
 }
 
 
@@ -189,6 +183,13 @@ OTHERS: dict[str, Callable[[], probae.Autoencoder]] = {
         probae.StandardNormalPrior(3),
         probae.GaussianEncoder(probae.MLP(X, (2, 3))),
         probae.BernoulliDecoder(probae.MLP(3, X, unit_norm=True)),
+    ),
+    "mixture prior": lambda: vae(prior=probae.GaussianMixturePrior(3, 4)),
+    "flat prior": lambda: vae(prior=probae.FlatPrior(3)),
+    "bits": lambda: probae.Autoencoder(
+        probae.BernoulliPrior(4),
+        probae.BernoulliEncoder(probae.MLP(X, 4)),
+        probae.BernoulliDecoder(probae.MLP(4, X, (6,), activation="relu")),
     ),
     "squashed logits": squashed,
     "a hook": with_hook,

@@ -299,7 +299,7 @@ OF_THE_VAE = ("plain torch, fused Adam", "Pyro SVI.step", "pythae's trainer")
 
 def products(problem: Problem) -> float:
     """Time the matrix products of a step alone, in float32, by what fit multiplies with."""
-    from probae.compiling import float32_products
+    from probae.precision import float32_products
 
     rows, k = problem.batch_size, problem.particles if problem.task == "iwae" else 1
     h, z = problem.hidden, problem.z_dim
