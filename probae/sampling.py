@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -10,7 +11,7 @@ from pyro.distributions import constraints
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
-from .autoencoder import Autoencoder, Kind, frozen
+from .autoencoder import Autoencoder, Kind, frozen, seeded
 from .checks import (
     check_support,
     likelihood_of,
@@ -72,9 +73,10 @@ def sample(pair: Autoencoder, num_samples: int = 1, *, seed: int | None = None) 
             f"pair is of kind {pair.kind.value}: nothing can be drawn from its flat prior; give it "
             "a proper one, such as prior='normal'"
         )
-    with frozen(pair, seed):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(frozen(pair, seed))
         if seed is not None:  # log_likelihood at this very seed would propose these very codes
-            torch.manual_seed((seed + 1_000_003) % 2**32)
+            stack.enter_context(seeded((seed + 1_000_003) % 2**32, {pair.device}))
         z = pair.prior().sample(torch.Size((num_samples,)))
         return Samples(pair.decoder(z).sample().to(pair.dtype), z)
 
