@@ -208,7 +208,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[CompiledStep]:
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run recorded graphs operation by operation, which takes no compiler."""
-    monkeypatch.setattr(compiling, "_machine_code", lambda graph, inputs: graph)
+    monkeypatch.setattr(compiling, "machine_code", lambda graph, inputs: graph)
 
 
 @pytest.mark.usefixtures("interpreted")
