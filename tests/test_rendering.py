@@ -310,6 +310,10 @@ def test_representation_never_raises() -> None:
     assert "kind     none, as encoder(x) must return" in repr(pair)
     assert "GaussianEncoder(MLP(5, (2, 3)))" in repr(pair)
     assert "none, as encoder(x) must return" in pair._repr_html_()
+    lost = probae.VAE(5, 2)
+    with torch.no_grad():
+        next(lost.parameters()).fill_(torch.nan)
+    assert "kind     none, as pair has a parameter that is not finite, encoder" in repr(lost)
     unborn = probae.VAE.__new__(probae.VAE, 5, 2)
     assert repr(unborn) == "<VAE, not built>"
     assert "not built" in unborn._repr_html_()
