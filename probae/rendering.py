@@ -230,7 +230,7 @@ def _as_graph(programs: dict[str, list[_Site]]) -> Any:
                 label=site.name if factor else "\n".join(line for line in lines if line),
                 shape="box" if factor else "ellipse",
                 style="filled,dashed" if site.point else "filled",
-                fillcolor="gray" if site.observed and not factor else "white",
+                fillcolor="lightgray" if site.observed and not factor else "white",
             )
         for plates in sorted(boxes, key=len, reverse=True)[:-1]:
             graphs[plates[:-1]].subgraph(graphs[plates])

@@ -84,7 +84,7 @@ def test_graph_of_a_pair_with_a_corruption() -> None:
     }
     assert found["model_x"].startswith('"x\nGreyBernoulli\n(1, 4, 3)"')
     assert found["guide_z"].startswith('"z\nNormal\n(2)"')
-    observed = {name for name, text in found.items() if "fillcolor=gray" in text}
+    observed = {name for name, text in found.items() if "fillcolor=lightgray" in text}
     assert observed == {"model_x", "guide_x"}
     assert not any("dashed" in text for text in found.values())
     assert edges(picture.source) == {
