@@ -177,8 +177,9 @@ def _columns(history: Any) -> dict[str, np.ndarray]:
         wrong.append("val_loss")
     if wrong or not np.isfinite(epochs).all():
         raise ValueError(
-            f"run_or_history must have a number per epoch of {', '.join(NEEDED)}, got none of "
-            f"{', '.join(wrong or ['epoch'])}; pass what probae.fit returned, or its history"
+            f"run_or_history must have a number per epoch of {', '.join(NEEDED)}, got "
+            + (f"none of {', '.join(wrong or ['epoch'])}" if given else type(history).__name__)
+            + "; pass what probae.fit returned, or its history"
         )
     return columns
 

@@ -177,6 +177,12 @@ def test_limits_are_black_and_white() -> None:
         reconstructions(pair, x, limits=(1.0, 1.0))
 
 
+def test_loss_curve_names_a_run_of_another_kind() -> None:
+    other = probae.fit_adversarial(probae.GAN(8, 2), torch.rand(64, 8), epochs=1, progress=False)
+    with pytest.raises(ValueError, match=r"got AdversarialRun; pass what probae\.fit returned"):
+        loss_curve(other)  # type: ignore[arg-type]
+
+
 def test_loss_curve_takes_arrays_and_shows_an_epoch_that_diverged() -> None:
     history = {name: np.array(column) for name, column in COLUMNS.items()}
     history["loss"][1] = history["active_units"][1] = np.nan
