@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,7 +16,14 @@ from pyro.distributions import constraints
 from torch import Size, Tensor, nn
 
 from .autoencoder import Autoencoder, Kind, frozen
-from .checks import check_support, likelihood_of, prior_of, require_density, require_pair
+from .checks import (
+    check_support,
+    likelihood_of,
+    prior_of,
+    require_density,
+    require_finite,
+    require_pair,
+)
 from .datasets import as_tensor
 from .distributions import GreyBernoulli, base_distribution, has_component, is_flat, is_point
 from .memory import counts, rows_in_budget
@@ -131,6 +138,7 @@ def to_arviz(
         ((1, 50, 7), 'ELBO')
     """
     require_pair(pair)
+    require_finite(pair)
     draws = _Draws(
         require_count(num_samples, "num_samples", least=2),
         require_count(num_prior_samples, "num_prior_samples", least=0),
@@ -206,13 +214,29 @@ def _labels(
                 f"coords must be for the dimensions {', '.join(sizes)}, got {name!r}; dimensions "
                 "are named by dims"
             )
-        array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
-        if array.shape != (sizes[name],):
-            raise ValueError(
-                f"coords[{name!r}] must be {sizes[name]} labels, got shape {array.shape}"
-            )
-        labels[name] = array
+        labels[name] = _label_array(given, name, sizes[name])
     return _Labels(names, labels)
+
+
+def _label_array(given: Any, name: str, size: int) -> np.ndarray:
+    """Return labels along a dimension, of a kind that netCDF stores."""
+    listed = given.tolist() if isinstance(given, Tensor) else given
+    if isinstance(listed, Iterable) and not isinstance(listed, str | bytes | np.ndarray):
+        listed = list(listed)
+    try:
+        array = np.asarray(listed)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"coords[{name!r}] must be {size} labels: {error}") from error
+    if array.dtype.kind == "O" and all(isinstance(label, str) for label in array.flat):
+        array = array.astype(str)  # of a table
+    if array.shape != (size,):
+        raise ValueError(f"coords[{name!r}] must be {size} labels, got shape {array.shape}")
+    if array.dtype.kind not in "biufUMm":
+        raise ValueError(
+            f"coords[{name!r}] must be numbers, strings or dates, all of one kind, which netCDF "
+            f"stores, got {array.dtype} with {array[0]!r} at its head"
+        )
+    return array
 
 
 def _names(
@@ -232,19 +256,25 @@ def _names(
                 names[variable] = names["x"]
             continue
         chosen = given[variable]
-        taken = {*DRAWS, "datum"}
         if (
             isinstance(chosen, str)
             or not isinstance(chosen, Sequence)
-            or not all(isinstance(name, str) and name not in taken for name in chosen)
+            or not all(map(_is_name, chosen))
             or not len(chosen) == len(set(chosen)) == len(shape)
         ):
             raise ValueError(
                 f"dims[{variable!r}] must be a list of {len(shape)} different names, for the shape "
-                f"{shape} of one {variable}, none of them chain, draw or datum; got {chosen!r}"
+                f"{shape} of one {variable}, without slashes, not those of variables such as x, "
+                f"none of them chain, draw or datum; got {chosen!r}"
             )
         names[variable] = tuple(chosen)
     return names
+
+
+def _is_name(name: Any) -> bool:
+    """Whether a dimension of the user's may have that name, in xarray and in a netCDF file."""
+    taken = {*DRAWS, "datum", "x", "z", "x_tilde", "khat", *LONG_NAMES}
+    return isinstance(name, str) and name not in taken and "/" not in name and bool(name.strip("."))
 
 
 def _mapping(value: Any, argument: str, what: str) -> Mapping[str, Any]:

@@ -142,7 +142,7 @@ def simulation_based_calibration(
 
     Raises:
         ValueError: a flat prior; a point code, which is no posterior; a proposal that does not fit;
-            a count out of range; a statistic of another shape or that is NaN.
+            a count out of range; a statistic that fails, is of another shape or NaN.
 
     Reference:
         Talts et al., Validating Bayesian inference algorithms with simulation-based calibration,
@@ -171,7 +171,7 @@ def simulation_based_calibration(
         log_likelihood = pair.decoder(z).log_prob(x)  # (K, N)
         of_x = [log_likelihood[..., None]]
         if statistic is not None:
-            of_x.append(_checked(statistic(z, x), z))
+            of_x.append(_checked(statistic, z, x))
         return [z.reshape(*z.shape[:2], -1), *of_x]
 
     columns = []
@@ -378,13 +378,21 @@ def _density(encoder: Any, corruption: Any, x: Tensor) -> Callable[[Tensor], Ten
     return log_density
 
 
-def _checked(values: Any, z: Tensor) -> Tensor:
+def _checked(statistic: Statistic, z: Tensor, x: Tensor) -> Tensor:
     """Return a statistic as (K, N, J), or raise."""
+    try:
+        values: Any = statistic(z, x)
+    except Exception as error:
+        raise ValueError(
+            f"statistic(z, x) failed for z of shape {tuple(z.shape)} and x of shape "
+            f"{tuple(x.shape)} with {type(error).__name__}: {error}"
+        ) from error
+    shape = ", ".join(map(str, z.shape[:2]))
     fits = isinstance(values, Tensor) and values.shape[:2] == z.shape[:2]
     if not fits or values.is_complex():
         raise ValueError(
-            f"statistic(z, x) must return a real tensor of shape {tuple(z.shape[:2])}, one number "
-            f"a code, or {(*z.shape[:2], 'J')}, for z of shape {tuple(z.shape)}, got "
+            f"statistic(z, x) must return a real tensor of shape ({shape}), one number a code, or "
+            f"({shape}, J), for z of shape {tuple(z.shape)}, got "
             f"{tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__}"
         )
     if values.isnan().any():

@@ -156,7 +156,7 @@ def require_density(pair: Autoencoder, encoder: Any, x: Tensor, argument: str) -
         prior = pair.prior()
         try:
             density = encoder(x)
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except Exception as error:
             raise ValueError(
                 f"{argument} does not take x of shape {tuple(x.shape)} and {x.dtype}: {error}"
             ) from error

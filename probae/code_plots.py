@@ -11,28 +11,34 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.patches import Ellipse
 from torch import Size, Tensor
 from torch.distributions import Bernoulli, Normal
 from torch.nn.functional import one_hot
 
 from .autoencoder import Autoencoder, frozen
-from .checks import chunks, prior_of, require_finite
+from .checks import chunks, prior_of
 from .corruptions import encoder_input
 from .distributions import base_distribution, is_discrete, is_flat, mean_of
 from .drawing import (
     as_images,
     checked_data,
     decoder_mean,
+    legend_below,
     mosaic,
     one_axes,
+    plain,
     require_images,
+    require_title,
     set_title,
     square,
 )
 from .part import require_count
 
+MOST_BINS = 10_000
 MOST_CLASSES = 20  # of labels, before they are drawn as a scale
+SCALE = ListedColormap(colormaps["viridis"](np.linspace(0, 0.85, 256)))  # all seen on white
 
 
 def latent_scatter(
@@ -71,11 +77,15 @@ def latent_scatter(
         >>> latent_scatter(probae.VAE(8, 3), torch.ones(5, 8), "aabbc", dims=(2, 0)).get_xlabel()
         'z[2]'
     """
-    data = checked_data(pair, x)
+    data, title = checked_data(pair, x), require_title(title)
     first, second = _two_places(dims, math.prod(pair.z_shape))
     kinds = None if labels is None else _labels(labels, len(data))
+    classes = np.empty(0) if kinds is None else np.unique(kinds)
     codes = _mean_codes(pair, data)[:, [first, second]].cpu().double().numpy()
-    ax = one_axes(ax, 6.4, 5.6)
+    texts = [plain(kind) for kind in classes.tolist()] if len(classes) <= MOST_CLASSES else []
+    # text of the label as its mark, where that is short; legible without colours
+    short = all(len(text) == 1 and text.isalnum() and text.isascii() for text in texts)
+    ax = one_axes(ax, 6.4, 5.6 if short else 5.6 + 0.06 * len(texts))
     size, alpha = (12.0, 0.6) if len(codes) > 1000 else (24.0, 0.8)
     prior = prior_of(pair)
     base = base_distribution(prior)
@@ -93,42 +103,41 @@ def latent_scatter(
             ax.add_patch(ring)
     if kinds is None:
         ax.scatter(codes[:, 0], codes[:, 1], s=size, color="C0", alpha=alpha, linewidths=0)
-    elif len(names := np.unique(kinds)) <= MOST_CLASSES:
-        # text of the label as its mark, where that is short; legible without colours
-        short = all(len(str(name)) == 1 and str(name).isalnum() for name in names)
-        shades = colormaps["viridis"](np.linspace(0, 0.85, len(names)))
-        for place, (name, shade) in enumerate(zip(names, shades, strict=True)):
-            mark = f"${name}$" if short else _MARKS[place % len(_MARKS)]
-            some = codes[kinds == name]
+    elif texts:
+        shades = colormaps["viridis"](np.linspace(0, 0.8, len(classes)))
+        for place, (kind, text, shade) in enumerate(zip(classes, texts, shades, strict=True)):
+            hollow = not short and place >= len(_MARKS)
+            some = codes[kinds == kind]
             ax.scatter(
                 some[:, 0],
                 some[:, 1],
                 s=1.6 * size,
-                marker=mark,
-                color=shade,
+                marker=f"${text}$" if short else _MARKS[place % len(_MARKS)],
+                facecolors="none" if hollow else [shade],
+                edgecolors=[shade],
                 alpha=alpha,
-                linewidths=0.2 if short else 0,
-                label=None if short else str(name),
+                linewidths=1.2 if hollow else 0.2,
+                label=None if short else text,
             )
     else:
         points = ax.scatter(
-            codes[:, 0], codes[:, 1], s=size, c=kinds, cmap="viridis", alpha=alpha, linewidths=0
+            codes[:, 0], codes[:, 1], s=size, c=kinds, cmap=SCALE, alpha=alpha, linewidths=0
         )
         ax.figure.colorbar(points, ax=ax, label="label")
-    if ax.get_legend_handles_labels()[1]:
-        below = (0.5, -0.13)
-        ax.legend(
-            fontsize="small", loc="upper center", bbox_to_anchor=below, ncols=4, frameon=False
-        )
+    if names := ax.get_legend_handles_labels()[1]:
+        longest = max(map(len, names))
+        legend_below(ax, ncols=min(4, max(1, 100 // (longest + 5))))
     ax.autoscale_view()
     ax.set_aspect("equal")
     ax.set(xlabel=f"z[{first}]", ylabel=f"z[{second}]")
     ax.grid(alpha=0.3)
-    set_title(ax, title or f"{type(pair).__name__}: mean codes of {len(data)} data")
+    if title is None:
+        title = f"{type(pair).__name__}: mean codes of {len(data)} data"
+    set_title(ax, title)
     return ax
 
 
-_MARKS = "os^vDPX*<>phd8H"
+_MARKS = "os^vDPX*<>"  # filled for the first ten classes, hollow for the next
 
 
 def dictionary(
@@ -174,7 +183,7 @@ def dictionary(
         (17, 17)
     """
     require_images(pair)
-    num = require_count(num, "num")
+    num, title = require_count(num, "num"), require_title(title)
     atoms = _atoms(pair)  # (K, *x_shape)
     weight = atoms.flatten(1).norm(dim=1)
     if x is not None:
@@ -186,7 +195,7 @@ def dictionary(
     if title is None:
         some = "" if len(order) == len(atoms) else f"{len(order)} of "
         by = "norm" if x is None else "use"
-        title = f"{type(pair).__name__}: {some}{len(atoms)} atoms by {by} (grey is 0)"
+        title = f"{type(pair).__name__}: {some}{len(atoms)} atoms by {by} (grey\xa0is\xa00)"
     inches = min(max(0.6 * grid.shape[1], 3.0), 24.0)
     return mosaic(ax, grid, (-1.0, 1.0), title, inches, margin=0.2)
 
@@ -235,8 +244,10 @@ def code_histogram(
         >>> code_histogram(probae.VAE(8, 2), torch.rand(50, 8).round(), dims=[1]).get_xlabel()
         'z[1]'
     """
-    data = checked_data(pair, x)
+    data, title = checked_data(pair, x), require_title(title)
     bins = require_count(bins, "bins")
+    if bins > MOST_BINS:
+        raise ValueError(f"bins must be at most {MOST_BINS}, got {bins}")
     size = math.prod(pair.z_shape)
     places = list(range(size)) if dims is None else _places(dims, size)
     prior = prior_of(pair)
@@ -302,11 +313,21 @@ def _two_places(dims: Any, size: int) -> tuple[int, int]:
 
 def _labels(labels: Any, count: int) -> np.ndarray:
     """Return the labels of ``count`` data, as classes or as numbers."""
-    given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
-    kinds = np.asarray(list(given) if isinstance(given, str) else given)
+    given = labels.tolist() if isinstance(labels, Tensor) else labels
+    try:
+        kinds = np.asarray(list(given) if isinstance(given, str) else given)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"labels must be {count}, one a datum: {error}") from error
     if kinds.shape != (count,):
         raise ValueError(
             f"labels must be {count}, one a datum, got an array of shape {kinds.shape}"
+        )
+    if kinds.dtype.kind == "S" or all(isinstance(kind, str) for kind in kinds):
+        kinds = kinds.astype(str)  # also the objects of a table
+    if kinds.dtype.kind not in "iufbUS" or (kinds.dtype.kind == "f" and np.isnan(kinds).any()):
+        raise ValueError(
+            "labels must be all numbers or all strings, without NaN and None, got "
+            f"{kinds.dtype} with {kinds[:3].tolist()} at their head; name what is missing"
         )
     if len(np.unique(kinds)) > MOST_CLASSES and kinds.dtype.kind not in "iufb":
         raise ValueError(
@@ -318,7 +339,6 @@ def _labels(labels: Any, count: int) -> np.ndarray:
 
 def _atoms(pair: Autoencoder) -> Tensor:
     """Return what each coordinate of z adds to the decoder's mean or logits, (K, *x_shape)."""
-    require_finite(pair)
     size = math.prod(pair.z_shape)
 
     def centre(z: Tensor) -> Tensor:
@@ -335,7 +355,8 @@ def _atoms(pair: Autoencoder) -> Tensor:
         atoms = torch.cat([centre(rows) - bias for rows in units])
         expected = torch.tensordot(probe.to(atoms), atoms, 1) + bias
         off = (centre(probe) - expected).abs().max()
-    if not off <= 1e-3 * expected.abs().max().clamp(min=1e-6):
+    rounding = max(1e-3, 4 * torch.finfo(pair.dtype).eps)
+    if not off <= rounding * expected.abs().max().clamp(min=1e-6):
         raise ValueError(
             "pair must have a decoder that is affine in z, whose atoms do not depend on where one "
             f"stands, got {type(pair.decoder).__name__} on a network that bends; build it with "
@@ -384,7 +405,8 @@ def _histogram(
     elif draws is not None:
         share = np.histogram(draws[draws != 0], edges)[0] / (len(draws) * width)
         ax.stairs(share, edges, color="C0", linewidth=1.5, label=f"prior{_at_zero(draws)}")
-    ax.set_yscale("log")
+    if len(some) or draws is not None:
+        ax.set_yscale("log")
     ax.set_ylabel("density")
 
 

@@ -13,13 +13,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.legend import Legend
+from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
 from .autoencoder import Autoencoder
 from .checks import check_support, require_finite, require_pair
 from .datasets import as_tensor
+from .part import as_number, listed
 
 DPI = 150  # of figures that pyplot does not know
+LONGEST = 40  # name in a legend, in characters
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -67,10 +71,70 @@ def given_axes(axes: Any, count: int, what: str) -> np.ndarray:
     return flat
 
 
+def require_title(title: Any) -> str | None:
+    """Return a title, or raise a ValueError where it is neither a string nor None."""
+    if title is not None and not isinstance(title, str):
+        raise ValueError(f"title must be a string, or None for the default, got {title!r}")
+    return title
+
+
+def require_limits(limits: Any) -> tuple[float, float]:
+    """Return the values that are black and white, or raise a ValueError."""
+    given = listed(limits)
+    pair = given if isinstance(given, Sequence) and len(given) == 2 else (1, 0)
+    low, high = (as_number(listed(value)) for value in pair)
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(
+            "limits must be two increasing numbers, the values that are black and white, such as "
+            f"(0, 1), got {limits!r}"
+        )
+    return low, high
+
+
+def fill(text: str, width: int) -> str:
+    """Break text to a width in characters; line breaks and no-break spaces are kept as they are."""
+    lines = [textwrap.fill(line, max(20, width)) for line in text.splitlines()]
+    return "\n".join(lines).replace("\xa0", " ")
+
+
 def wrap(ax: Axes, text: str) -> str:
     """Break text to the width of the axes."""
     inches = ax.get_position(original=True).width * ax.figure.bbox.width / ax.figure.dpi
-    return textwrap.fill(text, max(20, int(10 * inches)))
+    return fill(text, int(10 * inches))
+
+
+def p_value(p: float) -> str:
+    """Write a p-value, which rounds to zero far above the smallest number there is."""
+    return f"p = {p:.2g}" if p >= 1e-16 else "p < 1e-16"
+
+
+def plain(label: Any) -> str:
+    """Return a name as a label that a legend shows: no empty one, and none that begins with _."""
+    name = (f"{label:g}" if isinstance(label, float) else str(label)) or '""'
+    name = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    return f" {name}" if name.startswith("_") else name
+
+
+def legend_below(ax: Axes, *, lines: int = 1, **options: Any) -> Legend:
+    """Put a legend, whose texts are no formulas, under the axes and the label of their x-axis."""
+    inches = 0.35 + 0.17 * lines  # of the ticks and of that label
+    below = ax.transAxes + ScaledTranslation(0, -inches, ax.figure.dpi_scale_trans)
+    legend = ax.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        bbox_transform=below,
+        fontsize="small",
+        frameon=False,
+        **options,
+    )
+    return no_formulas(legend)
+
+
+def no_formulas(legend: Legend) -> Legend:
+    """Take the texts of a legend as they stand: a name may hold a dollar."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return legend
 
 
 def set_title(ax: Axes, title: str) -> None:
@@ -81,8 +145,7 @@ def set_title(ax: Axes, title: str) -> None:
 def set_figure_title(figure: Any, title: str) -> None:
     """Set a title above all panels, wrapped to the width of the figure."""
     inches = figure.bbox.width / figure.dpi
-    text = textwrap.fill(title, max(20, int(9.5 * inches)))
-    figure.suptitle(text, fontsize=12, parse_math=False)
+    figure.suptitle(fill(title, int(9.5 * inches)), fontsize=12, parse_math=False)
 
 
 def mosaic(
@@ -107,8 +170,6 @@ def mosaic(
     """
     rows, columns, height, width = grid.shape[:4]
     low, high = limits
-    if not low < high:
-        raise ValueError(f"limits must be two increasing numbers, got {limits!r}")
     space, rest = gap(grid), grid.shape[4:]
     scaled = np.clip((grid - low) / (high - low), 0, 1)
     framed = np.ones((rows, columns, height + space, width + space, *rest))
@@ -116,7 +177,7 @@ def mosaic(
     sheet = framed.swapaxes(1, 2).reshape(rows * (height + space), columns * (width + space), *rest)
     sheet = sheet[:-space, :-space]
     # the margins hold the title and the names of the rows, which do not grow with the images
-    wrapped = textwrap.fill(title, max(20, int(7.7 * (inches + margin))))
+    wrapped = fill(title, int(7.7 * (inches + margin)))
     tall = inches * sheet.shape[0] / sheet.shape[1] + 0.3 + 0.2 * len(wrapped.splitlines()) + below
     ax = one_axes(ax, inches + margin, tall)
     ax.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -189,8 +250,9 @@ def decoder_mean(distribution: Any) -> Tensor:
 
 
 def require_images(pair: Any) -> None:
-    """Raise a ValueError unless ``pair`` is on data that can be drawn."""
+    """Raise a ValueError unless ``pair`` is on data that can be drawn, and holds numbers."""
     require_pair(pair)
+    require_finite(pair)
     if not is_image(pair.x_shape):
         raise ValueError(
             f"pair must be on images of x_shape (1, H, W), (H, W) or (3, H, W), got "

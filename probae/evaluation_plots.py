@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,20 @@ from torch import Tensor
 
 from .annealing import Sandwich
 from .calibration import CalibrationRanks, Coverage
-from .drawing import given_axes, new_figure, one_axes, set_figure_title, set_title
+from .drawing import (
+    fill,
+    given_axes,
+    legend_below,
+    new_figure,
+    no_formulas,
+    one_axes,
+    p_value,
+    plain,
+    require_title,
+    set_figure_title,
+    set_title,
+    wrap,
+)
 from .likelihood import LogLikelihood
 
 MOST_PANELS = 9  # of ranks, before they are drawn as lines in one
@@ -32,8 +45,8 @@ def calibration_ranks(
 
     Up to nine quantities have a histogram each, with the band that holds 99 of 100 bins under
     uniform ranks. More are drawn as lines, the distribution function of the ranks less the uniform
-    one, with the band that 99 of 100 uniform lines never leave; names are given to those that the
-    chi-square test finds uneven (p < 0.01 after Bonferroni's correction).
+    one, with the band that all of them stay in for 99 of 100 encoders that are right; names are
+    given to those that leave it, to the eight farthest at most.
 
     Args:
         ranks: what :func:`probae.simulation_based_calibration` returned.
@@ -66,6 +79,7 @@ def calibration_ranks(
             "ranks must be what probae.simulation_based_calibration returned, got "
             f"{type(ranks).__name__}"
         )
+    title = require_title(title)
     ranks.expected(bins)  # refuses bad bins
     total = len(ranks.names)
     few = total <= MOST_PANELS
@@ -76,7 +90,7 @@ def calibration_ranks(
     if title is None:
         title = (
             f"Ranks of {len(ranks.ranks)} simulated codes among {ranks.num_draws} draws from the "
-            f"encoder: p = {ranks.p_value:.2g} for {total} quantities together"
+            f"encoder: {p_value(ranks.p_value)} for {total} quantities together"
         )
     return _rank_histograms(ranks, bins, title, given) if few else _rank_lines(ranks, title, given)
 
@@ -112,6 +126,7 @@ def coverage(coverage: Coverage, *, title: str | None = None, ax: Axes | None = 
             "coverage must be what probae.expected_coverage returned, got "
             f"{type(coverage).__name__}"
         )
+    title = require_title(title)
     order = coverage.levels.argsort()
     levels, share, error = (
         column[order].cpu().numpy()
@@ -139,7 +154,7 @@ def coverage(coverage: Coverage, *, title: str | None = None, ax: Axes | None = 
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small", loc="upper left")
     if title is None:
-        title = f"Coverage of the encoder: p = {coverage.p_value:.2g}"
+        title = f"Coverage of the encoder: {p_value(coverage.p_value)}"
     set_title(ax, title)
     return ax
 
@@ -188,11 +203,17 @@ def likelihoods(
             "entries must be a dict of names and log-likelihoods, such as "
             f"{{'VAE': probae.log_likelihood(pair, x)}}, got {type(entries).__name__}"
         )
+    title = require_title(title)
     for name, entry in entries.items():
         if not isinstance(entry, LogLikelihood | Sandwich):
             raise ValueError(
                 f"entries must be what probae.log_likelihood or probae.bdmc returned, got "
                 f"{type(entry).__name__} under {name!r}"
+            )
+        if bad := sum(int((~values.isfinite()).sum()) for values in _ends(entry)):
+            raise ValueError(
+                f"entries must be finite to have a mean, got {bad} values under {name!r} that are "
+                "not; leave these data out of all entries"
             )
     measured = {name: entry for name, entry in entries.items() if isinstance(entry, LogLikelihood)}
     if len({(entry.is_density, entry.dimension) for entry in measured.values()}) > 1:
@@ -204,7 +225,7 @@ def likelihoods(
         raise ValueError(f"entries must be about the same data to compare, got {what}")
     zero = None
     if reference is not None:
-        if reference not in measured:
+        if not isinstance(reference, Hashable) or reference not in measured:
             raise ValueError(
                 f"reference must be a name of a log-likelihood in entries, one of "
                 f"{', '.join(map(repr, measured))}, got {reference!r}"
@@ -243,34 +264,32 @@ def likelihoods(
                 textcoords="offset points",
                 ha="center",
                 fontsize="small",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
             )
     if zero is not None:
         ax.axvline(0, color="0.3", linestyle="--", linewidth=1)
-    ax.set_yticks(range(len(entries)), list(entries), parse_math=False)
+    ax.set_yticks(range(len(entries)), [fill(str(n), 30) for n in entries], parse_math=False)
     ax.set_ylim(len(entries) - 0.5, -0.8)  # the first on top, with room for its figures
     ax.margins(x=0.15)
     ax.grid(alpha=0.3, axis="x")
     what = "log p(x)" if zero is None else f"log p(x) less {reference}, paired"
-    ax.set_xlabel(f"{what}, nats per datum (± 2 standard errors)", parse_math=False)
-    ax.legend(
-        handles=list(used.values()),
-        fontsize="small",
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.9 / (1.0 + 0.42 * len(entries))),
-        ncols=2,
-        frameon=False,
-    )
-    sizes = sorted({len(_ends(entry)[0]) for entry in entries.values()})
-    set_title(ax, title or f"Log-likelihood of {' or '.join(map(str, sizes))} data")
+    label = wrap(ax, f"{what}, nats per datum (±\xa02\xa0standard\xa0errors)")
+    ax.set_xlabel(label, parse_math=False)
+    legend_below(ax, lines=len(label.splitlines()), handles=list(used.values()), ncols=2)
+    if title is None:
+        sizes = sorted({len(_ends(entry)[0]) for entry in entries.values()})
+        title = f"Log-likelihood of {' or '.join(map(str, sizes))} data"
+    set_title(ax, title)
     return ax
 
 
 def _figures(means: list[float], error: float) -> str:
     """Write means to two figures of their standard error."""
     known = 0 < error < math.inf
-    decimals = min(max(1 - math.floor(math.log10(error)), 0), 6) if known else 2
-    text = " to ".join(f"{mean:.{decimals}f}" for mean in means)
-    return f"{text} ± {error:.{decimals}f}" if known else text
+    decimals = max(1 - math.floor(math.log10(error)), 0) if known else 2
+    form = f".{decimals}f" if decimals <= 6 else ".1e"  # of rounding errors
+    text = " to ".join(f"{mean:{form}}" for mean in means)
+    return f"{text} ± {error:{form}}" if known else text
 
 
 def _ends(entry: LogLikelihood | Sandwich) -> list[Tensor]:
@@ -324,7 +343,7 @@ def _rank_histograms(
             label="99 % of bins, were ranks uniform",
         )
         axes.stairs(expected, edges, baseline=None, color="C0", linestyle="--", label="expected")
-        axes.set_title(f"{name}: p = {p:.2g}", fontsize="medium", parse_math=False)
+        axes.set_title(f"{name}: {p_value(p)}", fontsize="medium", parse_math=False)
         axes.set_xlim(edges[0], edges[-1])
     if given is not None:
         for axes in panels:
@@ -387,17 +406,28 @@ def _rank_lines(ranks: CalibrationRanks, title: str, given: np.ndarray | None) -
         label = f"{'the other ' if worst else ''}{len(rest)} quantities" if q == rest[0] else None
         axes.plot(ticks, lines[q], color="0.55", linewidth=0.7, label=label)
     for place, q in enumerate(worst):
-        style = ("-", "--", "-.", ":")[place % 4]
-        axes.plot(ticks, lines[q], color=f"C{place + 1}", linestyle=style, label=ranks.names[q])
+        axes.plot(
+            ticks,
+            lines[q],
+            color=f"C{place + 1}",
+            linestyle=("-", "--", "-.", ":")[place % 4],
+            marker=None if place < 4 else "os^D"[place - 4],
+            markevery=(place, max(1, len(ticks) // 9)),
+            markersize=4,
+            label=plain(ranks.names[q]),
+        )
     axes.axhline(0, color="0.2", linewidth=0.8)
     axes.set_xlim(0, 1)
     axes.set_xlabel(f"share of the {ranks.num_draws} draws below the code\n{_SLOPES}")
     axes.set_ylabel("distribution function of the ranks,\nless the uniform one")
     axes.grid(alpha=0.3)
     if given is None:
-        axes.figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+        figure: Any = axes.figure
+        no_formulas(
+            figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+        )
     else:
-        axes.legend(fontsize="x-small")
+        no_formulas(axes.legend(fontsize="x-small"))
     set_title(axes, title)
     return np.array([axes], dtype=object)
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -35,13 +37,16 @@ from .drawing import (
     new_figure,
     one_axes,
     require_images,
+    require_limits,
+    require_title,
+    set_figure_title,
     set_title,
     square,
     wrap,
 )
 from .evaluation_plots import calibration_ranks, coverage, likelihoods
 from .latent import traverse
-from .part import require_count
+from .part import require_count, require_flag
 from .sampling import reconstruct, sample, score
 from .tangents import tangent_basis
 from .training import Run
@@ -64,7 +69,9 @@ __all__ = [
 
 MOST_ROWS = 10  # of a traversal whose dimensions were not given
 NEEDED = ("epoch", "loss", "reconstruction", "kl", "active_units", "beta")
+MOST_ARROWS = 200  # along one side
 POINTS = "0.45"  # grey of data under lines
+LENGTHS = ListedColormap(colormaps["viridis_r"](np.linspace(0.2, 1, 256)))  # all seen on white
 
 
 def loss_curve(
@@ -97,23 +104,17 @@ def loss_curve(
         >>> losses.get_ylabel()
         'loss (nats per datum)'
     """
+    title = require_title(title)
     run = run_or_history if isinstance(run_or_history, Run) else None
-    history = run_or_history.history if isinstance(run_or_history, Run) else run_or_history
-    if not isinstance(history, Mapping):
-        history = {}
-    missing = [name for name in NEEDED if not len(history.get(name, ()))]
-    if missing:
-        raise ValueError(
-            f"run_or_history must have a value per epoch of {', '.join(NEEDED)}, got none of "
-            f"{', '.join(missing)}; pass what probae.fit returned, or its history"
-        )
+    given = run_or_history.history if isinstance(run_or_history, Run) else run_or_history
+    history = _columns(given)
     epochs, has_val = history["epoch"], "val_loss" in history
     monitored = "validation" if has_val else "training"
     if axes is None:
         figure = new_figure(12, 4)
         panels = figure.subplots(1, 3)
         if title:
-            figure.suptitle(title, parse_math=False)
+            set_figure_title(figure, title)
     else:
         panels = given_axes(axes, 3, "for loss, terms and active units")
     losses, terms, units = panels
@@ -129,17 +130,16 @@ def loss_curve(
 
     bound = run is None or not run.bound_on.startswith("nothing")
     terms.set_title(f"terms of the {'ELBO' if bound else 'loss'}, on {monitored} data")
-    distortion = [-value for value in history["reconstruction"]]
     of_x, of_z = _term_labels(run)
-    terms.plot(epochs, distortion, color="C2", label=of_x, **one)
-    if any(history["kl"]):  # a flat prior has no such term
+    terms.plot(epochs, -history["reconstruction"], color="C2", label=of_x, **one)
+    if history["kl"].any():  # a flat prior has no such term
         terms.plot(epochs, history["kl"], color="C3", linestyle="--", label=of_z, **one)
     terms.set_ylabel("nats per datum")
 
     units.set_title(f"active units, on {monitored} data")
     units.plot(epochs, history["active_units"], color="C4", drawstyle="steps-mid", **one)
     units.set_ylabel("latent dimensions whose mean varies")
-    most = max(*history["active_units"], 1)
+    most = max(np.nanmax(history["active_units"], initial=1), 1)
     units.set_ylim(-0.05 * most, 1.05 * most)
     units.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
@@ -158,6 +158,30 @@ def loss_curve(
     if title and axes is not None:
         losses.set_title(f"{title}\n{losses.get_title()}", fontsize="medium")
     return panels
+
+
+def _columns(history: Any) -> dict[str, np.ndarray]:
+    """Return the columns of a history that are drawn, each (epochs,)."""
+    given = history if isinstance(history, Mapping) else {}
+    columns = {}
+    for name in (*NEEDED, "val_loss"):
+        try:
+            columns[name] = np.asarray(given.get(name, ()), dtype=float)
+        except (TypeError, ValueError):
+            columns[name] = np.empty(0)
+    epochs = columns["epoch"]
+    wrong = [name for name in NEEDED if columns[name].shape != (epochs.size or 1,)]
+    if "val_loss" not in given:
+        del columns["val_loss"]
+    elif columns["val_loss"].shape != epochs.shape:
+        wrong.append("val_loss")
+    if wrong or not np.isfinite(epochs).all():
+        raise ValueError(
+            f"run_or_history must have a number per epoch of {', '.join(NEEDED)}, got "
+            + (f"none of {', '.join(wrong or ['epoch'])}" if given else type(history).__name__)
+            + "; pass what probae.fit returned, or its history"
+        )
+    return columns
 
 
 def reconstructions(
@@ -195,6 +219,7 @@ def reconstructions(
     """
     require_images(pair)
     require_count(columns, "columns")
+    title, limits = require_title(title), require_limits(limits)
     shown = pair.check_input(x)[:columns]
     grid = np.stack([as_images(shown), as_images(decoder_mean(reconstruct(pair, shown)))])
     if title is None:
@@ -241,8 +266,9 @@ def samples(
         (17, 17)
     """
     require_images(pair)
+    title, limits = require_title(title), require_limits(limits)
     x, z = sample(pair, num_samples, seed=seed)
-    if mean:
+    if require_flag(mean, "mean"):
         with frozen(pair, seed=0):
             x = decoder_mean(pair.decoder(z))
     grid = square(as_images(x))
@@ -294,6 +320,7 @@ def traversals(
         (3, 5)
     """
     require_images(pair)
+    title, limits = require_title(title), require_limits(limits)
     size = math.prod(pair.z_shape)
     first = dimensions is None and size > MOST_ROWS
     if first:
@@ -343,12 +370,13 @@ def score_field(
         x: data (N, 2) to draw under the arrows.
         limits: (low, high) of both coordinates, or ((low, high), (low, high)); default: the range
             of x and a tenth more on each side, or (-3, 3) without.
-        num: arrows along each coordinate.
+        num: arrows along the longer side; along the other, as many at about the same distance.
         title: above the picture; default: the name of the pair's class, and what is shown.
         ax: the Axes to draw in; default: those of a new figure.
 
     Returns:
-        Axes: ``num`` x ``num`` arrows and a scale of their lengths, nats per unit of x.
+        Axes: arrows, ``num`` x ``num`` in a square, and a scale of their lengths, nats per unit of
+        x.
 
     Raises:
         ValueError: data that are no points in the plane, a pair that :func:`probae.score` refuses,
@@ -366,19 +394,23 @@ def score_field(
         ('x[0]', 'x[1]')
     """
     _require_plane(pair)
-    num = require_count(num, "num", least=2)
+    num, title = require_count(num, "num", least=2), require_title(title)
+    if num > MOST_ARROWS:
+        raise ValueError(f"num must be at most {MOST_ARROWS}, to tell arrows apart, got {num}")
     data = None if x is None else checked_data(pair, x).cpu().double()
     low, high = _window(data, limits)
-    lines = [torch.linspace(a, b, num, dtype=torch.float64) for a, b in zip(low, high, strict=True)]
-    grid = torch.cartesian_prod(*lines)  # (num², 2)
-    slope = score(pair, grid.to(pair.dtype)).cpu().double()
+    sides = [b - a for a, b in zip(low, high, strict=True)]
+    counts = [max(2, round((num - 1) * side / max(sides)) + 1) for side in sides]
+    ends = zip(low, high, counts, strict=True)
+    grid = torch.cartesian_prod(*(torch.linspace(*end, dtype=torch.float64) for end in ends))
+    slope = score(pair, grid.to(pair.dtype)).cpu().double()  # (arrows, 2)
     length = slope.norm(dim=1)
-    ax = one_axes(ax, 6.4, 5.6)
+    ax = one_axes(ax, 6.4, min(max(0.9 + 4.7 * sides[1] / sides[0], 3.0), 10.0))
     if data is not None:
         ax.scatter(
             data[:, 0].numpy(), data[:, 1].numpy(), s=6, color=POINTS, linewidths=0, alpha=0.5
         )
-    reach = min((b - a) / (num - 1) for a, b in zip(low, high, strict=True))
+    reach = min(side / (count - 1) for side, count in zip(sides, counts, strict=True))
     long = length.quantile(0.8).clamp(min=1e-300)
     arrows = (
         slope
@@ -393,10 +425,11 @@ def score_field(
         scale_units="xy",
         scale=1,
         width=0.0035,
-        cmap="viridis_r",
+        cmap=LENGTHS,
+        clim=(0, max(float(length.max()), 1e-300)),
         pivot="mid",
     )
-    ax.figure.colorbar(shown, ax=ax, label="length of the score (nats per unit of x)")
+    ax.figure.colorbar(shown, ax=ax, label="length of the score\n(nats per unit of x)")
     edge = 0.5 * reach
     ax.set_xlim(low[0] - edge, high[0] + edge)
     ax.set_ylim(low[1] - edge, high[1] + edge)
@@ -465,12 +498,13 @@ def tangent_planes(
         )
     most = (60 if plane else 6) if num_points is None else require_count(num_points, "num_points")
     num_directions = require_count(num_directions, "num_directions")
+    title, limits = require_title(title), require_limits(limits)
     data = checked_data(pair, x)
     picked = np.linspace(0, len(data) - 1, min(most, len(data))).round().astype(int).tolist()
     points = data[picked]
     basis = tangent_basis(pair, points, of=of).basis  # (n, D, k)
     if plane:
-        return _tangent_lines(pair, data, points, basis[:, :, 0], title, ax)
+        return _tangent_lines(pair, data, points, basis[:, :, 0], of, title, ax)
     low, high = limits
     directions = basis[:, :, :num_directions].mT  # (n, k, D)
     largest = directions.abs().amax(2, keepdim=True).clamp(min=torch.finfo(basis.dtype).tiny)
@@ -483,7 +517,8 @@ def tangent_planes(
     inches = min(max(0.9 * grid.shape[1], 3.0), 24.0)
     ax = mosaic(ax, grid, limits, title, inches, margin=0.2, below=0.7)
     name_columns(ax, grid, ["datum", *(_ordinal(k + 1) for k in range(directions.shape[1]))])
-    ax.set_xlabel(wrap(ax, f"directions, by singular value of the {of}'s Jacobian"))
+    order = f"directions, by singular value of the {of}'s Jacobian (grey\xa0is\xa00)"
+    ax.set_xlabel(wrap(ax, order))
     return ax
 
 
@@ -519,6 +554,7 @@ def _tangent_lines(
     data: Tensor,
     points: Tensor,
     directions: Tensor,
+    of: str,
     title: str | None,
     ax: Axes | None,
 ) -> Axes:
@@ -529,11 +565,15 @@ def _tangent_lines(
     half = 0.06 * max(float(np.ptp(cloud, axis=0).max()), 1e-6)
     ends = np.stack([at - half * along, at + half * along])  # (2, n, 2)
     lines = ax.plot(ends[:, :, 0], ends[:, :, 1], color="C0", linewidth=1.8)
-    lines[0].set_label("tangents")
+    tangent = of == "reconstruction"
+    lines[0].set_label("tangents" if tangent else "where the code moves most")
     ax.set_aspect("equal", adjustable="datalim")
     ax.set(xlabel="x[0]", ylabel="x[1]")
     ax.legend(fontsize="small")
-    set_title(ax, title or f"{type(pair).__name__}: tangents at {len(at)} data")
+    if title is None:
+        what = "tangents" if tangent else "most sensitive directions of the encoder"
+        title = f"{type(pair).__name__}: {what} at {len(at)} data"
+    set_title(ax, title)
     return ax
 
 
@@ -542,10 +582,10 @@ def _ordinal(place: int) -> str:
     return f"{place}{'th' if 10 <= place % 100 <= 20 else ending}"
 
 
-def _beta(history: Mapping[str, Sequence[float]]) -> str:
+def _beta(history: Mapping[str, np.ndarray]) -> str:
     """Say at which weights of the KL the training loss was taken, where they differ."""
     beta = history["beta"]
-    return f", KL weight {beta[0]:.2g} to {beta[-1]:.2g}" if len(set(beta)) > 1 else ""
+    return f", KL weight {beta[0]:.2g} to {beta[-1]:.2g}" if np.ptp(beta) > 0 else ""
 
 
 def _loss_name(run: Run | None, beta: float) -> str:

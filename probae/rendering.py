@@ -16,7 +16,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, frozen
-from .checks import check_support, require_pair
+from .checks import check_support, require_finite, require_pair
 from .datasets import as_tensor
 from .discriminators import NoEncoder
 from .distributions import base_distribution, is_flat, is_point
@@ -230,7 +230,7 @@ def _as_graph(programs: dict[str, list[_Site]]) -> Any:
                 label=site.name if factor else "\n".join(line for line in lines if line),
                 shape="box" if factor else "ellipse",
                 style="filled,dashed" if site.point else "filled",
-                fillcolor="gray" if site.observed and not factor else "white",
+                fillcolor="lightgray" if site.observed and not factor else "white",
             )
         for plates in sorted(boxes, key=len, reverse=True)[:-1]:
             graphs[plates[:-1]].subgraph(graphs[plates])
@@ -310,7 +310,11 @@ def _laws(pair: Autoencoder) -> dict[str, Any]:
 def _kind(pair: Autoencoder) -> str:
     try:
         return f"{pair.kind.value}: {pair.kind.statement}"
-    except Exception as error:  # of parts that do not fit
+    except Exception as error:  # of parts that do not fit, or hold NaN
+        try:
+            require_finite(pair)
+        except ValueError as cause:
+            return f"none, as {cause}"
         return f"none, as {error}"
 
 

@@ -212,16 +212,21 @@ def _checked(pair: Any, x: Any, what: str, of: Any) -> Tensor:
 def _singular(pair: Autoencoder, x: Tensor, of: str) -> tuple[Tensor, Tensor]:
     """Return the singular directions in the space of x (n, x_dim, r), and all values (n, r)."""
     encode = _encode(pair)
-    into = jacobian(encode, x)  # (n, z_dim, x_dim)
+    into = _wide(jacobian(encode, x))  # (n, z_dim, x_dim)
     if of == "encoder":
         _, values, directions = torch.linalg.svd(into, full_matrices=False)
         return directions.mT, values
-    out = jacobian(_decode(pair), encode(x))  # (n, x_dim, z_dim)
+    out = _wide(jacobian(_decode(pair), encode(x)))  # (n, x_dim, z_dim)
     # the product has no more than r nonzero values: decompose an (r, r) matrix in its place
     left, upper = torch.linalg.qr(out)  # (n, x_dim, r), (n, r, z_dim)
     _, lower = torch.linalg.qr(into.mT)
     inner, values, _ = torch.linalg.svd(upper @ lower.mT)
     return left @ inner, values
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """Return a matrix that can be decomposed: in single precision, where it was in half."""
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def jacobian(function: Map, at: Tensor) -> Tensor:

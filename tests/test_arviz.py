@@ -1,6 +1,7 @@
 """What a pair says of data, in ArviZ's containers of 0.x and of 1.x."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -577,6 +578,13 @@ def test_memory_is_bounded_before_anything_is_drawn() -> None:
     assert groups(less) == {"posterior", "sample_stats", "log_likelihood", "observed_data"}
 
 
+class Failing(nn.Module):
+    """An encoder with a mistake."""
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        raise KeyError("what is not there")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -592,6 +600,16 @@ def test_memory_is_bounded_before_anything_is_drawn() -> None:
         ({"dims": {"x": ["a", "b"]}}, r"list of 1 different names, for the shape \(5,\) of one x"),
         ({"dims": {"z": ["draw"]}}, "none of them chain, draw or datum; got"),
         ({"dims": {"z": [3]}}, r"dims\['z'\] must be a list of 1"),
+        ({"dims": {"x": ["x"]}}, "not those of variables such as x"),
+        ({"dims": {"x": ["khat"]}}, "not those of variables such as x"),
+        ({"dims": {"x": ["a/b"]}}, "without slashes"),
+        ({"dims": {"x": [""]}}, r"list of 1 different names"),
+        ({"dims": {"x": ["."]}}, r"list of 1 different names"),
+        ({"coords": {"datum": [object()] * 3}}, "numbers, strings or dates, all of one kind"),
+        ({"coords": {"datum": ["a", None, "b"]}}, "numbers, strings or dates, all of one kind"),
+        ({"coords": {"datum": [1j, 2j, 3j]}}, "numbers, strings or dates, all of one kind"),
+        ({"coords": {"datum": [[1], [1, 2], [3]]}}, r"coords\['datum'\] must be 3 labels: "),
+        ({"coords": {"datum": "abc"}}, r"must be 3 labels, got shape \(\)"),
         ({"dims": {"z": 3}}, r"dims\['z'\] must be a list of 1"),
         (
             {"dims": {"z": ["k"], "x": ["k"]}},
@@ -602,6 +620,7 @@ def test_memory_is_bounded_before_anything_is_drawn() -> None:
         ({"coords": {"datum": [1, 2]}}, r"coords\['datum'\] must be 3 labels, got shape \(2,\)"),
         ({"proposal": nn.Linear(5, 2)}, r"proposal\(x\) must return a continuous density"),
         ({"proposal": "encoder"}, "proposal must be an encoder"),
+        ({"proposal": Failing()}, "proposal does not take x of shape .* 'what is not there'"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
@@ -609,8 +628,40 @@ def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> Non
         probae.to_arviz(probae.VAE(5, 2), torch.ones(3, 5), **options)
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        range(3),
+        iter("abc"),
+        {"a": 0, "b": 1, "c": 2}.keys(),
+        torch.arange(3),
+        np.array(["a", "b", "c"], dtype=object),
+        np.arange(3).astype("datetime64[D]"),
+        [True, False, True],
+    ],
+    ids=repr,
+)
+def test_labels_of_any_kind_go_to_a_file_and_back(labels: Any, tmp_path: Path) -> None:
+    result = probae.to_arviz(probae.VAE(5, 2), torch.ones(3, 5), coords={"datum": labels})
+    result.to_netcdf(tmp_path / "result.nc")
+    back = az.from_netcdf(tmp_path / "result.nc")["posterior"]["datum"].values
+    np.testing.assert_array_equal(back, result["posterior"]["datum"].values)
+
+
+def test_a_netcdf_backend_comes_with_the_package() -> None:
+    # h5netcdf does not bring h5py, and ArviZ 1.x brings neither
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    needed = project.split("dependencies = [")[1].split("]")[0]
+    assert {"h5netcdf", "h5py"} <= set(re.findall(r'"([\w-]+)', needed))
+
+
 def test_bad_data_and_pairs_are_refused() -> None:
     pair, x = probae.VAE(5, 2), torch.ones(3, 5)
+    lost = probae.VAE(5, 2)
+    with torch.no_grad():
+        next(lost.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match="pair has a parameter that is not finite"):
+        probae.to_arviz(lost, x)
     with pytest.raises(ValueError, match=r"pair must be a probae\.Autoencoder, got Linear"):
         probae.to_arviz(nn.Linear(5, 2), x)
     with pytest.raises(ValueError, match=r"x must have shape \(N, 5\)"):

@@ -108,7 +108,28 @@ def test_loss_curve_says_what_the_loss_is() -> None:
     assert len(panels[1].get_lines()) == 2, "a flat prior has no rate to draw"
 
 
-@pytest.mark.parametrize("history", [{}, {"epoch": [1.0], "loss": [2.0]}, None, "history"])
+COLUMNS = {"epoch": [1.0, 2.0]} | {
+    name: [1.0, 2.0] for name in ("loss", "reconstruction", "kl", "active_units", "beta")
+}
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        {},
+        {"epoch": [1.0], "loss": [2.0]},
+        None,
+        "history",
+        {**COLUMNS, "loss": None},
+        {**COLUMNS, "loss": 3.0},
+        {**COLUMNS, "loss": "ab"},
+        {**COLUMNS, "loss": ["a", "b"]},
+        {**COLUMNS, "loss": [1.0]},
+        {**COLUMNS, "val_loss": [1.0]},
+        {**COLUMNS, "epoch": [1.0, float("nan")]},
+    ],
+    ids=str,
+)
 def test_loss_curve_refuses_what_is_no_history(history: Any) -> None:
     with pytest.raises(ValueError, match=r"run_or_history must have .* active_units"):
         loss_curve(history)
@@ -156,6 +177,20 @@ def test_limits_are_black_and_white() -> None:
         reconstructions(pair, x, limits=(1.0, 1.0))
 
 
+def test_loss_curve_names_a_run_of_another_kind() -> None:
+    other = probae.fit_adversarial(probae.GAN(8, 2), torch.rand(64, 8), epochs=1, progress=False)
+    with pytest.raises(ValueError, match=r"got AdversarialRun; pass what probae\.fit returned"):
+        loss_curve(other)  # type: ignore[arg-type]
+
+
+def test_loss_curve_takes_arrays_and_shows_an_epoch_that_diverged() -> None:
+    history = {name: np.array(column) for name, column in COLUMNS.items()}
+    history["loss"][1] = history["active_units"][1] = np.nan
+    losses, _, units = loss_curve(history)
+    np.testing.assert_array_equal(losses.get_lines()[0].get_ydata(), [1, np.nan])
+    assert units.get_ylim()[1] == pytest.approx(1.05)
+
+
 @pytest.mark.parametrize("shape", [9, (2, 6, 5), (1, 1, 6, 5)])
 def test_what_is_no_image_is_refused(shape: int | tuple[int, ...]) -> None:
     pair = probae.VAE(shape, 2, hidden=(8,))
@@ -173,6 +208,23 @@ def test_bad_counts_and_data_are_refused() -> None:
         samples(pair, 0)
     with pytest.raises(ValueError, match="x must have shape"):
         reconstructions(pair, torch.rand(3, 5, 6))
+
+
+@pytest.mark.parametrize("draw", [reconstructions, samples, traversals, tangent_planes, dictionary])
+def test_a_pair_that_diverged_is_named(draw: Any) -> None:
+    pair = probae.VAE((6, 5), 2, hidden=())
+    with torch.no_grad():
+        next(pair.decoder.parameters()).fill_(torch.nan)
+    data = [torch.rand(3, 6, 5)] if draw in (reconstructions, tangent_planes) else []
+    with pytest.raises(ValueError, match="pair has a parameter that is not finite, decoder"):
+        draw(pair, *data)
+
+
+def test_half_precision_is_drawn() -> None:
+    pair = probae.VAE((6, 5), 3, hidden=()).to(torch.bfloat16)
+    assert np.isfinite(sheet(dictionary(pair))).all()
+    assert np.isfinite(sheet(tangent_planes(pair, torch.rand(2, 6, 5)))).all()
+    rendered(latent_scatter(pair, torch.rand(4, 6, 5), torch.arange(4).to(torch.bfloat16)))
 
 
 def test_pairs_without_a_prior_or_a_mean_are_refused() -> None:
@@ -403,6 +455,91 @@ def as_image(x: Tensor) -> np.ndarray:
     return x.detach().numpy()
 
 
+def legends(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def assert_apart(ax: Axes) -> None:
+    """The legend lies in the figure, and not on the axes or the label under them."""
+    rendered(ax)
+    figure: Any = ax.figure
+    legend, box = ax.get_legend().get_window_extent(), figure.bbox
+    assert box.x0 <= legend.x0
+    assert legend.x1 <= box.x1
+    assert box.y0 <= legend.y0
+    assert legend.y1 <= ax.xaxis.label.get_window_extent().y0
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12])
+def test_the_legend_of_likelihoods_is_in_the_picture(count: int) -> None:
+    pair = probae.PPCA(4, 2)
+    ll = probae.log_likelihood(pair, torch.rand(20, 4))
+    bound = ll._replace(is_bound=True, method="elbo")
+    entries = {f"model number {i}": bound if i % 2 else ll for i in range(count)}
+    assert_apart(likelihoods(entries))
+    assert_apart(likelihoods(entries, "model number 0"))
+    long = {f"{name} with a name that is long, longer, the longest": ll for name in entries}
+    assert_apart(likelihoods(long, next(iter(long))))
+
+
+@pytest.mark.parametrize("count", [1, 3, 9, 20])
+def test_the_legend_of_a_scatter_is_in_the_picture(count: int) -> None:
+    pair, x = probae.VAE(8, 2, hidden=(8,)), torch.rand(40, 8).round()
+    ax = latent_scatter(pair, x, [f"class number {i % count}" for i in range(40)])
+    assert_apart(ax)
+    assert ax.get_window_extent().height > 150, "room is left for the picture"
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    assert_apart(latent_scatter(pair, x, ["aa", "bb"] * 20, ax=figure.subplots(1, 2)[0]))
+
+
+def test_twenty_classes_are_told_apart_without_colours() -> None:
+    pair, x = probae.VAE(8, 2, hidden=(8,)), torch.rand(40, 8).round()
+    ax = latent_scatter(pair, x, [f"class {i % 20:02}" for i in range(40)])
+    looks = {
+        (points.get_paths()[0].vertices.tobytes(), len(points.get_facecolor()) > 0)
+        for points in ax.collections
+    }
+    assert len(looks) == 20, "mark, and whether it is filled"
+    luminance = [
+        float(np.dot(points.get_edgecolor()[0][:3], [0.299, 0.587, 0.114]))
+        for points in ax.collections
+    ]
+    assert max(luminance) < 0.75, "none is too light to see on white"
+
+
+def test_names_in_legends_are_taken_as_they_stand() -> None:
+    pair, x = probae.VAE(8, 2, hidden=(8,)), torch.rand(8, 8).round()
+    ax = latent_scatter(pair, x, [r"$\frac$", "_hidden", "", "a" * 99] * 2)
+    rendered(ax)
+    assert legends(ax)[2:] == ['""', r"$\frac$", " _hidden", f"{'a' * 39}…"]
+    ax = latent_scatter(pair, x, torch.tensor([1.0, 2.5]).repeat(4))
+    assert legends(ax)[2:] == ["1", "2.5"]
+    ll = probae.log_likelihood(probae.PPCA(4, 2), torch.rand(9, 4))
+    rendered(likelihoods({r"$\frac$": ll, "_b": ll, 3: ll}, r"$\frac$"))
+    ranks = ranks_of(11)
+    uneven = ranks._replace(ranks=ranks.ranks // 2, names=(r"$\frac$", "_b", *ranks.names[2:]))
+    (ax,) = calibration_ranks(uneven)
+    rendered(ax)
+    figure: Any = ax.figure
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {r"$\frac$", " _b"} & set(named)
+
+
+def test_eight_uneven_lines_are_told_apart_without_colours() -> None:
+    ranks = ranks_of(11)
+    (ax,) = calibration_ranks(ranks._replace(ranks=ranks.ranks // 2))
+    drawn = [line for line in ax.get_lines() if str(line.get_label()).startswith("z[")]
+    assert len(drawn) == 8
+    assert len({(line.get_linestyle(), line.get_marker()) for line in drawn}) == 8
+
+
+def test_a_p_value_of_zero_is_not_claimed() -> None:
+    ranks = ranks_of(2)
+    one = ranks._replace(ranks=torch.zeros_like(ranks.ranks))
+    assert "p < 1e-16 for 3 quantities" in title_of(calibration_ranks(one))
+    assert calibration_ranks(one)[0].get_title() == "z[0]: p < 1e-16"
+
+
 # ---- axes that are given, and pyplot -------------------------------------------------------------
 
 
@@ -462,6 +599,39 @@ def test_axes_that_are_given_are_drawn_in_and_come_back(name: str) -> None:
     for wrong in (figure, "ax", np.array([given, given]), figure.add_subplot(projection="polar")):
         with pytest.raises(ValueError, match=r"ax must be a plain matplotlib Axes, got .*subplots"):
             draw(ax=wrong)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("title", [5, True, ["a"], b"a", {}])
+def test_what_is_no_title_is_refused(name: str, title: Any) -> None:
+    with pytest.raises(ValueError, match="title must be a string, or None for the default, got"):
+        drawers()[name](title=title)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_title_is_none(name: str) -> None:
+    assert drawers()[name](title="").get_title() == ""
+
+
+def test_panels_take_titles_only() -> None:
+    for draw in (
+        lambda: loss_curve(COLUMNS, title=5),
+        lambda: calibration_ranks(ranks_of(2), title=5),
+    ):
+        with pytest.raises(ValueError, match="title must be a string"):
+            draw()
+
+
+@pytest.mark.parametrize("name", ["reconstructions", "samples", "traversals", "tangent_planes"])
+@pytest.mark.parametrize(
+    "limits",
+    [5, None, "ab", (1, 0), (0, 0), (1, 2, 3), (0, float("nan")), (0, float("inf")), ("a", "b"),
+     (None, 1), (False, True), [[0], [1]], torch.tensor(1.0)],
+    ids=str,
+)  # fmt: skip
+def test_what_are_no_limits_is_refused(name: str, limits: Any) -> None:
+    with pytest.raises(ValueError, match="limits must be two increasing numbers"):
+        drawers()[name](limits=limits)
 
 
 def test_panels_that_are_given_are_drawn_in_and_come_back() -> None:
@@ -593,6 +763,19 @@ def test_scatter_refuses_what_it_cannot_draw() -> None:
     for labels in (torch.zeros(29), torch.zeros(30, 1), "abc"):
         with pytest.raises(ValueError, match="labels must be 30, one a datum"):
             latent_scatter(pair, x, labels)
+    nan = float("nan")
+    for labels in (
+        [nan] * 30,
+        [0, nan] * 15,
+        [None] * 30,
+        ["a", None] * 15,
+        [object()] * 30,
+        [1j] * 30,
+    ):
+        with pytest.raises(ValueError, match="labels must be all numbers or all strings"):
+            latent_scatter(pair, x, labels)
+    with pytest.raises(ValueError, match="labels must be 30, one a datum: "):
+        latent_scatter(pair, x, [[1, 2], [3]])
     with pytest.raises(ValueError, match="labels must be numbers, or at most 20 names, got 30"):
         latent_scatter(pair, x, [f"name {i}" for i in range(30)])
     for dims in ((0, 3), (0, -1), (0, 0.5), (True, 2), 1, "01"):
@@ -706,7 +889,18 @@ def test_priors_without_a_density_of_one_coordinate_are_drawn_by_their_draws() -
     assert "its prior is flat" in title_of(flat)
 
 
+def test_codes_that_are_all_zero_have_a_picture() -> None:
+    pair = probae.UndercompleteAutoencoder(8, 2, hidden=())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax = code_histogram(pair, torch.zeros(5, 8))
+        rendered(ax)
+    assert legends(ax) == ["codes (100% are exactly 0, not drawn)"]
+
+
 def test_code_histogram_refuses_what_it_cannot_draw() -> None:
+    with pytest.raises(ValueError, match="bins must be at most 10000, got 1000000000"):
+        code_histogram(probae.VAE(8, 2, hidden=(8,)), torch.rand(5, 8).round(), bins=10**9)
     pair, x = probae.VAE(8, 3, hidden=(8,)), torch.rand(30, 8).round()
     with pytest.raises(ValueError, match="bins must be an int >= 1"):
         code_histogram(pair, x, bins=0)
@@ -763,10 +957,25 @@ def test_score_field_takes_its_window_from_data_or_limits() -> None:
             score_field(pair, limits=limits)
     with pytest.raises(ValueError, match="num must be an int >= 2"):
         score_field(pair, num=1)
+    with pytest.raises(ValueError, match="num must be at most 200"):
+        score_field(pair, num=10**5)
     with pytest.raises(ValueError, match=r"points in the plane, of x_shape \(2,\), got \(3,\)"):
         score_field(probae.DenoisingAutoencoder(3, 4))
     with pytest.raises(ValueError, match="pair must have the corruption GaussianNoise"):
         score_field(probae.VAE(2, 2, likelihood="gaussian"))
+
+
+def test_arrows_of_a_long_window_are_as_far_apart_as_in_a_square() -> None:
+    ax = score_field(shrinking(0.5), limits=((-4, 4), (-1, 1)), num=9)
+    (field,) = ax.collections
+    at = np.asarray(field.get_offsets())
+    assert np.unique(at[:, 0]).tolist() == list(range(-4, 5))
+    assert np.unique(at[:, 1]).tolist() == [-1, 0, 1]
+    assert ax.figure.get_figheight() < 4 < score_field(shrinking(0.5)).figure.get_figheight()
+    assert field.get_clim()[0] == 0, "shade and length say the same"
+    shades = field.get_cmap()(np.linspace(0, 1, 50))[:, :3] @ np.array([0.299, 0.587, 0.114])
+    assert shades.max() < 0.75, "the shortest arrow is seen on white"
+    assert (np.diff(shades) < 0).all(), "in greys, too, longer is darker"
 
 
 def test_tangents_are_lines_along_the_first_direction() -> None:
@@ -802,6 +1011,16 @@ def test_tangents_of_images_stand_beside_them(shape: tuple[int, ...]) -> None:
     assert "encoder's Jacobian" in tangent_planes(pair, x, of="encoder").get_xlabel().replace(
         "\n", " "
     )
+
+
+def test_directions_of_an_encoder_are_not_called_tangents() -> None:
+    pair, x = probae.PPCA(2, 1), torch.randn(9, 2)
+    ax = tangent_planes(pair, x)
+    assert legends(ax) == ["data", "tangents"]
+    assert title_of(ax) == "PPCA: tangents at 9 data"
+    ax = tangent_planes(pair, x, of="encoder")
+    assert legends(ax) == ["data", "where the code moves most"]
+    assert title_of(ax) == "PPCA: most sensitive directions of the encoder at 9 data"
 
 
 def test_tangents_refuse_what_they_cannot_draw() -> None:
@@ -889,6 +1108,12 @@ def test_likelihoods_of_unlike_things_are_refused() -> None:
         likelihoods({"a": dense, "b": other})
     with pytest.raises(ValueError, match=r"reference must be a name .* one of 'a', got 'b'"):
         likelihoods({"a": dense}, "b")
+    with pytest.raises(ValueError, match=r"reference must be a name .* got \['a'\]"):
+        likelihoods({"a": dense}, ["a"])
+    for gone in (torch.nan, -torch.inf):
+        lost = dense._replace(values=torch.full((20,), gone))
+        with pytest.raises(ValueError, match=r"entries must be finite .* 20 values under 'b'"):
+            likelihoods({"a": dense, "b": lost})
     fewer = probae.log_likelihood(probae.PPCA(6, 2), x[:10])
     with pytest.raises(ValueError, match="the same data as the reference, got 20 under 'a', 10"):
         likelihoods({"a": dense, "b": fewer}, "a")

@@ -84,7 +84,7 @@ def test_graph_of_a_pair_with_a_corruption() -> None:
     }
     assert found["model_x"].startswith('"x\nGreyBernoulli\n(1, 4, 3)"')
     assert found["guide_z"].startswith('"z\nNormal\n(2)"')
-    observed = {name for name, text in found.items() if "fillcolor=gray" in text}
+    observed = {name for name, text in found.items() if "fillcolor=lightgray" in text}
     assert observed == {"model_x", "guide_x"}
     assert not any("dashed" in text for text in found.values())
     assert edges(picture.source) == {
@@ -310,6 +310,10 @@ def test_representation_never_raises() -> None:
     assert "kind     none, as encoder(x) must return" in repr(pair)
     assert "GaussianEncoder(MLP(5, (2, 3)))" in repr(pair)
     assert "none, as encoder(x) must return" in pair._repr_html_()
+    lost = probae.VAE(5, 2)
+    with torch.no_grad():
+        next(lost.parameters()).fill_(torch.nan)
+    assert "kind     none, as pair has a parameter that is not finite, encoder" in repr(lost)
     unborn = probae.VAE.__new__(probae.VAE, 5, 2)
     assert repr(unborn) == "<VAE, not built>"
     assert "not built" in unborn._repr_html_()
