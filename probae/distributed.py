@@ -24,6 +24,12 @@ from .checks import require_pair
 from .datasets import as_tensor
 from .likelihood import LogLikelihood, log_likelihood
 
+if dist.is_available():
+    # Its functions keep the group that they find when they are imported, as a default. Imported
+    # later, as some optimizers do, they would keep the threads of a group beyond its end, to meet
+    # that of the interpreter, which aborts the process.
+    import torch.distributed.nn.functional
+
 BLOCK = 500  # data that one process evaluates at a time
 
 
