@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -191,6 +192,7 @@ class TrainingData:
             batch_size=batch_size,
             num_workers=self.num_workers,
             collate_fn=_packed,
+            worker_init_fn=_stays,
             generator=torch.Generator().manual_seed(seed),  # else of the global stream
         )
 
@@ -313,6 +315,16 @@ def _packed(items: Any) -> Any:
     if len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
         return firsts
     return torch.stack(tensors)
+
+
+def _stays(worker: int) -> None:
+    """Let a worker read on where an interrupt comes to it, too, as from a terminal.
+
+    It is this process that ends training, after the step under way, for which it wants its data.
+    The second SIGTERM is of the loader, which then waits for the worker no longer.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def _native(array: np.ndarray) -> np.ndarray:

@@ -35,11 +35,14 @@ MOST_FAULTS = 10  # batches in a row that may be skipped
 
 
 class _Fault(Exception):
-    """A batch whose loss or gradient is not finite; ``find`` names the site and the datum."""
+    """A batch whose loss or gradient is not finite; ``find`` names the site and the datum.
 
-    def __init__(self, what: str, find: Callable[[], str | None]) -> None:
+    ``elsewhere`` tells that they are in the share of another process, which names them.
+    """
+
+    def __init__(self, what: str, find: Callable[[], str | None], elsewhere: bool = False) -> None:
         super().__init__(what)
-        self.what, self.find = what, find
+        self.what, self.find, self.elsewhere = what, find, elsewhere
 
 
 class Training:
@@ -154,7 +157,9 @@ class Training:
         if isinstance(self.objective, PerDatumObjective):
             of = self.steps_per_epoch or self.steps_before
             self.objective.epoch = self.epoch - 1 + (self.step / of if of else 0.0)
-        buffers = [b.clone() for b in self.pair.buffers()] if self.skips else []
+        if self.skips:  # what a batch that is left out must not change
+            buffers = [b.clone() for b in self.pair.buffers()]
+            streams = _noise(self.pair.device)
         try:
             loss, count = self.one_step(source)
         except (_Fault, torch.linalg.LinAlgError) as error:
@@ -165,8 +170,10 @@ class Training:
             lost = _Fault("a matrix lost its rank, or is not finite", lambda: found)
             self.leave_out(error if isinstance(error, _Fault) else lost)
             with torch.no_grad():  # last, as a look for the fault changes them, too
-                for buffer, before in zip(self.pair.buffers(), buffers, strict=False):
+                for buffer, before in zip(self.pair.buffers(), buffers, strict=True):
                     buffer.copy_(before)
+            # of which the process that met the fault has drawn more than others
+            _set_noise(streams, self.pair.device)
         else:
             self.loss, self.seen = self.loss + loss, self.seen + count
             self.skipped_in_a_row = 0
@@ -300,7 +307,8 @@ class Training:
                 raise batch
             if not math.isfinite(value):
                 raise self.fault_of_loss(value / len(batch), batch, places, streams)
-            raise _Fault("loss became NaN or infinite", lambda: "in the share of another process")
+            where = "in the share of another process"
+            raise _Fault("loss became NaN or infinite", lambda: where, elsewhere=True)
         whole = [*statistics, *owners]
         means = total[1 + len(flags) :].split([tensor.numel() for tensor in whole])
         with torch.no_grad():
@@ -324,7 +332,7 @@ class Training:
             if self.skips:
                 where = f"{self.skipped_in_a_row} batches in a row had faults; the last: {where}"
             raise self.best.error(where, fault.find())
-        if self.skipped == 1:
+        if self.skipped == 1 and not fault.elsewhere:
             found = fault.find()
             text = f"fit leaves out a batch, as {where}" + (f": {found}" if found else "")
             warnings.warn(f"{text}; further ones are only counted", stacklevel=7)
@@ -417,6 +425,7 @@ class Training:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "random": streams,
             "random_at_start": self.at_start,
+            "versions": versions(),
         }
 
     def restore(self, saved: dict[str, Any], cosine: bool) -> None:
@@ -453,8 +462,10 @@ class Training:
                     raise TypeError(f"{name} is {value!r}")
                 setattr(self, name, value)
             self.order, self.history = saved["order"], saved["history"]
-            if self.step > 0 and self.data.size not in (None, len(self.order)):
-                raise TypeError(f"order is of {len(self.order)} data")
+            if self.step > 0 and self.data.size is not None:
+                places = torch.arange(self.data.size)
+                if not torch.equal(self.order.sort().values, places):
+                    raise TypeError(f"order is none of {self.data.size} data")
             if any(len(self.history[name]) != self.epoch - 1 for name in self.history):
                 raise TypeError("history is not as long as training was")
             self.earlier_kl_method, self.earlier_seconds = saved["kl_method"], saved["seconds"]
@@ -472,9 +483,19 @@ class Training:
             self.best.epoch, self.best.last_epoch = saved["best_epoch"], saved["last_epoch"]
             self.best.val_loss = saved["best_val_loss"]
             self.best.state, self.best.last = saved["best"], saved["last"]
+            then, now = saved.get("versions", {}), versions()
+            changed = [f"{name} (was {then[name]}, is {now.get(name)})" for name in then
+                       if then[name] != now.get(name)]  # fmt: skip
             self.pair.load_state_dict(saved["pair"])
-        same = self.draws_itself or number == distributed.world_size()
-        if not same and distributed.is_main():
+        if not distributed.is_main():
+            return
+        if changed:
+            warnings.warn(
+                f"{self.file} was written with other versions: {', '.join(changed)}; training goes "
+                "on, but may round otherwise from here on",
+                stacklevel=3,
+            )
+        if not self.draws_itself and number != distributed.world_size():
             warnings.warn(
                 f"the run had {number} processes and goes on with {distributed.world_size()}: its "
                 "noise is another from here on",
@@ -533,6 +554,13 @@ def part_streams() -> None:
     if distributed.rank() > 0:
         seed = torch.initial_seed() + distributed.rank() * 0x9E3779B97F4A7C15
         torch.manual_seed(seed % 2**63)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    from . import __version__
+
+    return {"probae": __version__, "torch": str(torch.__version__), "pyro": pyro.__version__}
 
 
 @contextlib.contextmanager

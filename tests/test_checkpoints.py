@@ -1,12 +1,15 @@
 """Checkpoints: whole or not there, of this run or refused, and to the bit the run they continue."""
 
+import errno
 import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -148,6 +151,11 @@ CASES: dict[str, tuple[Callable[[], Autoencoder], Callable[[], Any], dict[str, A
                 milestones=[4],
             )
         },
+    ),
+    "milestones": (
+        vae,
+        bits,
+        {"schedule": lambda optim: torch.optim.lr_scheduler.MultiStepLR(optim, [3, 5, 5])},
     ),
     "corruption": (
         lambda: probae.DenoisingVAE(X, Z, hidden=(5,), corruption=probae.BitFlip(0.2)),
@@ -306,6 +314,10 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "data": ({"x": 1 - bits()}, r"x \(hash was \w+, is \w+\)"),
     "number of data": ({"x": bits(21)}, r"x \(hash was .* and 1 more\)"),
     "Dataset": ({"x": TensorDataset(bits())}, r"x \(hash was \w+, is None and 1 more\)"),
+    "workers": (
+        {"x": TensorDataset(bits()), "num_workers": 1},
+        r"x \(hash was \w+, is None and 2 more\)",
+    ),
     "width": (
         {"pair": partial(vae, hidden=(6,))},
         r"pair \(decoder.* was .*5.*, is .*6.* and \d+ more\)",
@@ -343,6 +355,65 @@ def test_another_run_is_refused_by_what_differs(case: str, tmp_path: Path) -> No
         fit(pair, resume=True, **{**options, **changes})
     assert all(torch.equal(tensor, before[name]) for name, tensor in pair.state_dict().items())
     assert (tmp_path / checkpoints.FILE).read_bytes() == content
+
+
+def test_other_versions_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"checkpoint": tmp_path, "resume": True, "batch_size": 8}
+    fit(vae(), bits(), epochs=1, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(vae(), bits(), epochs=2, **options)
+    now = str(torch.__version__)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    with pytest.warns(
+        UserWarning, match=rf"other versions: torch \(was {re.escape(now)}, is 9.9\)"
+    ):
+        run = fit(vae(), bits(), epochs=3, **options)
+    assert len(run.history["loss"]) == 3
+
+
+def test_places_that_hold_no_checkpoint_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "run" / checkpoints.FILE).mkdir(parents=True)
+    for name, message in (("link", "broken link"), ("run", "which is a folder there")):
+        with pytest.raises(ValueError, match=rf"checkpoint must be a folder.*{message}"):
+            fit(vae(), bits(), epochs=1, checkpoint=tmp_path / name)
+
+
+def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, resumed, pair = vae(), vae(seed=4), vae()
+    fit(whole, bits(), epochs=4, batch_size=8)
+    count, sync = [0], os.fsync
+
+    def full(opened: int) -> None:
+        count[0] += 1
+        if count[0] > 4:  # two of each checkpoint: of the file, and of the folder
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(opened)
+
+    options: dict[str, Any] = {"batch_size": 8, "checkpoint": tmp_path, "resume": True}
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(pair, bits(), epochs=4, **options)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoints.FILE]
+    assert checkpoints.read(tmp_path / checkpoints.FILE)["epoch"] == 2
+    fit(resumed, bits(), epochs=4, **options)
+    assert_same(resumed, whole)
+
+
+def test_an_order_that_is_none_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 8, "checkpoint": tmp_path, "epochs": 2}
+    objective = Pressing(2)
+    fit(vae(), bits(), objective=objective, **options)
+    file = tmp_path / checkpoints.FILE
+    saved = checkpoints.read(file)
+    for order in (saved["order"] * 0, saved["order"] + 1, saved["order"][1:]):
+        checkpoints.write(file, {**saved, "order": order})
+        with pytest.raises(ValueError, match="does not hold what a checkpoint does"):
+            fit(vae(), bits(), objective=objective, resume=True, **options)
 
 
 def test_what_changes_no_figure_may_differ(tmp_path: Path) -> None:
