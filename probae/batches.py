@@ -22,6 +22,7 @@ from .checks import SupportCheck, is_grey, is_map_style, to_pair
 from .datasets import as_tensor, is_large_file, read_array, require_mappable
 from .part import require_count, require_flag
 
+NOT_FINITE = "must be finite"  # in what is said of such data, and of no other fault
 Share = Callable[[Tensor], Tensor]
 
 
@@ -45,14 +46,22 @@ class TrainingData:
         argument: name of ``x`` in messages.
         binarize: draw x ~ Bernoulli(x) anew at every presentation.
         num_workers: number of processes that read, beside this one.
+        skips: leave data that are not finite out of what `some` returns.
     """
 
     def __init__(
-        self, pair: Autoencoder, x: Any, argument: str, binarize: bool, num_workers: int = 0
+        self,
+        pair: Autoencoder,
+        x: Any,
+        argument: str,
+        binarize: bool,
+        num_workers: int = 0,
+        skips: bool = False,
     ) -> None:
         self.pair, self.argument = pair, argument
         self.binarize = require_flag(binarize, "binarize")
         self.num_workers = require_count(num_workers, "num_workers", least=0)
+        self.skips = skips
         self.seen_grey = False  # of a Dataset, as its data come by
         self.support = SupportCheck(pair, binarize)
         if isinstance(x, DataLoader):
@@ -80,7 +89,7 @@ class TrainingData:
             self.size = len(x)
             if self.size == 0:
                 raise ValueError(f"{argument} is empty: expected at least one datum")
-            self.rows(torch.arange(min(self.size, 2)))
+            self._look(torch.arange(min(self.size, 2)).tolist())
         elif not isinstance(x, IterableDataset):
             raise ValueError(
                 f"{argument} must be a map-style Dataset (with __len__ and __getitem__) or an "
@@ -158,11 +167,27 @@ class TrainingData:
     def some(self, number: int) -> Tensor:
         """Return so many random data, or the first of a pass, binarised once."""
         if self.size is not None:
-            return self.batch(torch.randperm(self.size)[:number])
+            places = torch.randperm(self.size)[:number]
+            return self.batch(places) if self.dataset is None else self._look(places.tolist())
         items = list(itertools.islice(iter(self.dataset or ()), number))
         if not items:
             raise ValueError(f"{self.argument} is empty: expected at least one datum")
-        return self._finish(self._stack(items, range(len(items))))
+        return self._look(range(len(items)), items)
+
+    def _look(self, places: Sequence[int], items: Any = None) -> Tensor:
+        """Return the data at these places, binarised once; without faulty ones where they go."""
+        items = _items(self.dataset, list(places)) if items is None else items
+        try:
+            return self._finish(self._stack(items, places))
+        except ValueError as error:
+            if not self.skips or NOT_FINITE not in str(error):
+                raise
+        tensors = [torch.as_tensor(_first(item)) for item in items]
+        kept = [i for i, tensor in enumerate(tensors) if tensor.isfinite().all()]
+        if not kept:
+            return self._finish(self._stack(items, places))  # which says it
+        good = [items[i] for i in kept]
+        return self._finish(self._stack(good, [places[i] for i in kept]))
 
     def all(self) -> Tensor:
         """Return all data, binarised once."""
@@ -214,7 +239,7 @@ class TrainingData:
         if items.is_floating_point() and not items.isfinite().all():
             bad = places[int((~items.isfinite()).flatten(1).any(1).nonzero()[0])]
             raise ValueError(
-                f"{self.argument} must be finite, got NaN or infinite values in {self.argument}"
+                f"{self.argument} {NOT_FINITE}, got NaN or infinite values in {self.argument}"
                 f"[{bad}]; remove or impute them"
             )
         x = to_pair(self.pair, as_tensor(items, self.argument), self.argument)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import checkpoints, distributed
 from .autoencoder import Autoencoder
-from .batches import MappedRows, TrainingData
+from .batches import NOT_FINITE, MappedRows, TrainingData
 from .compiling import Accelerator, CompiledStep
 from .interrupts import Interrupts
 from .monitoring import (
@@ -144,7 +144,7 @@ class Training:
             except StopIteration:
                 return True
             except ValueError as error:  # of a Dataset, whose data are checked as they come
-                if not self.skips or "must be finite" not in str(error):
+                if not self.skips or NOT_FINITE not in str(error):
                     raise
                 source = _Fault(str(error), lambda: None)
             self.take(source)
@@ -375,7 +375,8 @@ class Training:
         }
         if self.has_val:
             row["val_loss"] = objective_loss(self.pair, self.objective, self.monitor)
-        for name in ("elbo", "val_loss"):
+        # training data may hold what is left out, which is then measured, too
+        for name in () if self.skips and not self.has_val else ("elbo", "val_loss"):
             if not math.isfinite(row.get(name, 0.0)):
                 what = f"{name} became {row[name]} at the end of epoch {self.epoch}"
                 raise self.best.error(what, find_fault(self.pair, self.monitor))

@@ -171,7 +171,8 @@ def fit(
         on_fault: what happens where the loss or a gradient of a batch is NaN or infinite, or a
             Dataset gives such data: ``"raise"``, or ``"skip"`` to go on without that batch,
             parameters, optimizer and batch-norm statistics as before it. Skipped batches are
-            counted, and the first is warned of; more than 10 in a row raise.
+            counted, and the first is warned of; more than 10 in a row raise. Without ``val``, what
+            an epoch measures is NaN where the training data that are measured hold such a datum.
         checkpoint: folder for the checkpoint; None: none is written.
         checkpoint_seconds: seconds between two checkpoints within an epoch.
         resume: go on from the checkpoint in that folder; where there is none yet, begin, so that
@@ -241,7 +242,8 @@ def fit(
             set_streams(saved, "random_at_start", device, str(file))
         at_start = streams_of_all(device)
         with seeded(0, {device}):  # so that what is measured does not change what is trained
-            data = TrainingData(pair, x, "x", binarize, num_workers)
+            skips = on_fault == "skip"
+            data = TrainingData(pair, x, "x", binarize, num_workers, skips)
         held_out = None if val is None else TrainingData(pair, val, "val", binarize)
         with seeded(0, {device}):
             monitor = data.some(1000) if held_out is None else held_out.all()
@@ -273,8 +275,9 @@ def fit(
                 "pair": checkpoints.structure(pair),
                 "x": _describe_data(data),
             }
-            shape = None if held_out is None else monitor.shape
-            distributed.require_alike({**settings, "val": shape})
+            shapes = [None, monitor.shape] if held_out is None else [monitor.shape, None]
+            alike = {**settings, "val": shapes[0], "x": (settings["x"], shapes[1])}
+            distributed.require_alike(alike)
             _make_equal(pair)
             monitor = distributed.from_main(monitor)
             settings["val"] = None if held_out is None else checkpoints.fingerprint(monitor)
@@ -285,7 +288,7 @@ def fit(
         training = Training(pair, objective, data, optim, scheduler, best, clip_norm)
         training.epochs, training.batch_size = epochs, batch_size
         training.steps_per_epoch = steps_per_epoch
-        training.precision, training.skips = precision, on_fault == "skip"
+        training.precision, training.skips = precision, skips
         training.monitor, training.has_val = monitor, held_out is not None
         training.file, training.seconds_between = file, checkpoint_seconds
         training.settings = settings

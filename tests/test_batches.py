@@ -274,6 +274,26 @@ def test_training_on_passes(workers: int) -> None:
     assert all(torch.isfinite(p).all() for p in pair.parameters())
 
 
+class Faulty(Noisy):
+    """Rows of which one is not finite."""
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+        x, label = super().__getitem__(place)
+        return x * (float("nan") if place == 1 else 1.0), label
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_datum_that_is_left_out_ends_no_run(workers: int) -> None:
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 5, "num_workers": workers}
+    with pytest.raises(ValueError, match=r"x must be finite, got .* in x\[1\]"):
+        probae.fit(vae(), Faulty(), progress=False, **options)
+    with pytest.warns(UserWarning, match="fit leaves out a batch"):
+        run = probae.fit(vae(), Faulty(), progress=False, on_fault="skip", **options)
+    assert run.skipped == 2
+    assert run.history["skipped"] == [1, 1]
+    assert all(np.isfinite(run.history["elbo"]))  # of the data that are finite
+
+
 class Signalled(probae.ELBO):
     """An objective at whose third step a signal comes to all processes, as from a terminal."""
 
