@@ -226,6 +226,8 @@ def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> Non
     random.setstate((3, words, None if math.isnan(gauss) else gauss))
     if "numpy" in states:
         *keys, position, has_gauss = states["numpy"].tolist()
+        if not 0 <= position <= len(keys):  # which NumPy takes as it is
+            raise TypeError(f"the position in NumPy's stream is {position}")
         whole = ("MT19937", np.array(keys, np.uint32), position, has_gauss)
         np.random.set_state((*whole, float(states["numpy_gauss"])))  # noqa: NPY002
 

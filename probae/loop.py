@@ -454,21 +454,35 @@ class Training:
             for name in ("pair", "best", "last"):
                 if {key: (t.shape, t.dtype) for key, t in saved[name].items()} != wanted:
                     raise ValueError(f"{self.file} does not fit the pair, in {name}")
+            for name, kind in _KINDS.items():
+                if type(saved[name]) not in kind or saved[name] != saved[name]:
+                    raise TypeError(f"{name} is {saved[name]!r}")
+            if min(saved["epoch"] - 1, saved["step"], saved["seen"]) < 0:
+                raise TypeError(f"epoch {saved['epoch']}, step {saved['step']} are none")
+            _require_state(self.optim, saved["optimizer"])
             self.optim.load_state_dict(saved["optimizer"])
+            _lay_out(self.optim)
             if self.scheduler is not None:
+                hidden = [
+                    key for key in saved["scheduler"] if callable(getattr(self.scheduler, key, 0))
+                ]
+                if hidden:
+                    raise TypeError(f"scheduler holds {hidden[0]}, which is no number")
                 self.scheduler.load_state_dict(saved["scheduler"])
             for name in _COUNTED:
-                value = saved[name]
-                if not isinstance(value, int | float | None):
-                    raise TypeError(f"{name} is {value!r}")
-                setattr(self, name, value)
+                setattr(self, name, saved[name])
             self.order, self.history = saved["order"], saved["history"]
             if self.step > 0 and self.data.size is not None:
                 places = torch.arange(self.data.size)
-                if not torch.equal(self.order.sort().values, places):
+                is_long = self.order.dtype == places.dtype
+                if not is_long or not torch.equal(self.order.sort().values, places):
                     raise TypeError(f"order is none of {self.data.size} data")
-            if any(len(self.history[name]) != self.epoch - 1 for name in self.history):
-                raise TypeError("history is not as long as training was")
+            columns = _columns(self.has_val, self.skips) if self.epoch > 1 else []
+            if not {*columns} <= self.history.keys():
+                raise TypeError(f"history has no more than {', '.join(self.history)}")
+            for column in self.history.values():
+                if len(column) != self.epoch - 1 or any(type(v) is not float for v in column):
+                    raise TypeError("history is not as long as training was, or holds no numbers")
             self.earlier_kl_method, self.earlier_seconds = saved["kl_method"], saved["seconds"]
             self.data.seen_grey = saved["seen_grey"]
             if saved["max_plate_nesting"] is not None:
@@ -519,6 +533,21 @@ _COUNTED = (
     "skipped_in_a_row",
 )
 
+_NUMBER = (int, float)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("epoch", "step", "seen", "best_epoch", "last_epoch"), (int,)),
+    **dict.fromkeys(("skipped", "skipped_now", "skipped_in_a_row"), (int,)),
+    **dict.fromkeys(("loss", "seconds", "best_val_loss"), _NUMBER),
+    "steps_before": (int, type(None)),
+    "max_plate_nesting": (*_NUMBER, type(None)),
+    "kl_method": (dict,),
+    "seen_grey": (bool,),
+}
+
+# what kernels that fuse an optimizer's step keep of each parameter, and take to be of its size
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+_KEPT = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}
+
 _Noise = tuple[Tensor, Tensor | None]  # torch's random streams, of the CPU and of a GPU
 
 
@@ -555,6 +584,42 @@ def part_streams() -> None:
     if distributed.rank() > 0:
         seed = torch.initial_seed() + distributed.rank() * 0x9E3779B97F4A7C15
         torch.manual_seed(seed % 2**63)
+
+
+def _require_state(optim: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Raise a TypeError where the state of an optimizer is none of its parameters."""
+    for group, now in zip(saved["param_groups"], optim.state_dict()["param_groups"], strict=True):
+        for name, value in now.items():
+            fixed = name == "params" or value is None or isinstance(value, bool | str)
+            if fixed and group[name] != value:
+                raise TypeError(f"optimizer has {name} {group[name]!r}, not {value!r}")
+            kinds = (*_NUMBER, Tensor) if type(value) in _NUMBER else type(value)
+            is_size = isinstance(group[name], Tensor) and group[name].numel() != 1
+            if not isinstance(group[name], kinds) or is_size:
+                raise TypeError(f"optimizer has {name} {group[name]!r}, not like {value!r}")
+    parameters = [p for group in optim.param_groups for p in group["params"]]
+    for i, state in saved["state"].items():
+        shape = parameters[range(len(parameters))[i]].shape
+        if isinstance(optim, torch.optim.Adam) and None in map(state.get, _ADAM):
+            raise TypeError(f"optimizer lacks {', '.join(_ADAM)} of parameter {i}")
+        for name, value in state.items():
+            size = shape if name in _KEPT else torch.Size() if name == "step" else None
+            if size is None or value is None or (name == "step" and type(value) in _NUMBER):
+                continue
+            if not isinstance(value, Tensor) or value.shape != size:
+                raise TypeError(f"optimizer has {name} of another shape than parameter {i}")
+
+
+def _lay_out(optim: torch.optim.Optimizer) -> None:
+    """Lay the state of an optimizer out in memory as its parameters are, as at the start.
+
+    Checkpoints hold contiguous tensors; kernels that fuse go through parameter and state alike.
+    """
+    for p in (p for group in optim.param_groups for p in group["params"]):
+        for name, value in optim.state[p].items() if p in optim.state else ():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.dim() > 1:
+                like = torch.empty_like(p, dtype=value.dtype, device=value.device)
+                optim.state[p][name] = like.copy_(value)
 
 
 def versions() -> dict[str, str]:

@@ -404,16 +404,59 @@ def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(
     assert_same(resumed, whole)
 
 
-def test_an_order_that_is_none_is_refused(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"batch_size": 8, "checkpoint": tmp_path, "epochs": 2}
-    objective = Pressing(2)
+def transposed() -> Autoencoder:
+    """Return a pair whose weights lie in memory column by column, as with channels_last."""
+    pair = vae()
+    for module in pair.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().t().contiguous().t())
+    return pair
+
+
+def test_the_state_of_an_optimizer_lies_in_memory_as_the_parameters_do(tmp_path: Path) -> None:
+    whole, resumed = transposed(), transposed()
+    fit(whole, bits(), epochs=4, batch_size=8)
+    options: dict[str, Any] = {"batch_size": 8, "checkpoint": tmp_path, "resume": True}
+    fit(transposed(), bits(), epochs=2, **options)
+    fit(resumed, bits(), epochs=4, **options)
+    assert_same(resumed, whole)
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "short moment": lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    "no moment": lambda s: s["optimizer"]["state"][0].pop("exp_avg"),
+    "long step": lambda s: s["optimizer"]["state"][0].update(step=torch.zeros(2)),
+    "another parameter": lambda s: s["optimizer"]["state"].update({-1: {}}),
+    "no such parameter": lambda s: s["optimizer"]["state"].update({99: {}}),
+    "flag": lambda s: s["optimizer"]["param_groups"][0].update(fused=False),
+    "betas": lambda s: s["optimizer"]["param_groups"][0].update(betas=math.nan),
+    "rate": lambda s: s["optimizer"]["param_groups"][0].update(lr="x"),
+    "method": lambda s: s["scheduler"].update(step=1),
+    "epoch": lambda s: s.update(epoch=math.nan),
+    "step": lambda s: s.update(step=-1),
+    "history": lambda s: s["history"].pop("loss"),
+    "number of the history": lambda s: s["history"].update(loss=["x"]),
+    "order": lambda s: s.update(order=s["order"] * 0),
+    "order beyond": lambda s: s.update(order=s["order"] + 1),
+    "order of numbers": lambda s: s.update(order=s["order"].double()),
+    "NumPy's stream": lambda s: s["random"][0]["numpy"].fill_(10**6),
+    "seconds": lambda s: s.update(seconds=()),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_forged_checkpoints_are_refused(what: str, tmp_path: Path) -> None:
+    """As one could write with a checksum that fits: an optimizer would reach beyond its memory."""
+    options: dict[str, Any] = {"batch_size": 8, "checkpoint": tmp_path, "epochs": 3}
+    options["schedule"] = partial(torch.optim.lr_scheduler.StepLR, step_size=2)
+    objective = Pressing(4)
     fit(vae(), bits(), objective=objective, **options)
     file = tmp_path / checkpoints.FILE
     saved = checkpoints.read(file)
-    for order in (saved["order"] * 0, saved["order"] + 1, saved["order"][1:]):
-        checkpoints.write(file, {**saved, "order": order})
-        with pytest.raises(ValueError, match="does not hold what a checkpoint does"):
-            fit(vae(), bits(), objective=objective, resume=True, **options)
+    FORGED[what](saved)
+    checkpoints.write(file, saved)
+    with pytest.raises(ValueError, match=r"checkpoint.safetensors does not hold what a checkp"):
+        fit(vae(), bits(), objective=objective, resume=True, **options)
 
 
 def test_what_changes_no_figure_may_differ(tmp_path: Path) -> None:
