@@ -46,6 +46,27 @@ def test_float32_changes_nothing() -> None:
         assert torch.equal(layer(x), x @ layer.weight.T + layer.bias)
 
 
+def test_arguments_may_be_named() -> None:
+    x, weight = torch.randn(4, 6), torch.randn(5, 6)
+    with products_in("bf16"):
+        y = nn.functional.linear(input=x, weight=weight)
+        assert torch.equal(y, nn.functional.linear(x, weight))
+    assert not torch.equal(y, nn.functional.linear(x, weight))
+
+
+def test_training_keeps_parameters_in_float32() -> None:
+    x = torch.rand(40, 6).round()
+    losses = []
+    for precision in ("float32", "bf16"):
+        torch.manual_seed(0)
+        pair = probae.VAE(6, 2, hidden=(5,))
+        run = probae.fit(pair, x, epochs=3, batch_size=8, precision=precision, progress=False)
+        losses.append(run.history["loss"])
+        assert {p.dtype for p in pair.parameters()} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
 def test_densities_stay_in_float32() -> None:
     torch.manual_seed(0)
     pair, x = probae.VAE(784, 5), torch.rand(7, 784).round()
