@@ -168,26 +168,27 @@ class TrainingData:
         """Return so many random data, or the first of a pass, binarised once."""
         if self.size is not None:
             places = torch.randperm(self.size)[:number]
-            return self.batch(places) if self.dataset is None else self._look(places.tolist())
+            if self.dataset is None:
+                return self.batch(places)
+            return self._finish(self._look(places.tolist()))
         items = list(itertools.islice(iter(self.dataset or ()), number))
         if not items:
             raise ValueError(f"{self.argument} is empty: expected at least one datum")
-        return self._look(range(len(items)), items)
+        return self._finish(self._look(range(len(items)), items))
 
     def _look(self, places: Sequence[int], items: Any = None) -> Tensor:
-        """Return the data at these places, binarised once; without faulty ones where they go."""
+        """Return the data at these places as they are, checked, but for those to be left out."""
         items = _items(self.dataset, list(places)) if items is None else items
         try:
-            return self._finish(self._stack(items, places))
+            return self._stack(items, places)
         except ValueError as error:
             if not self.skips or NOT_FINITE not in str(error):
                 raise
         tensors = [torch.as_tensor(_first(item)) for item in items]
         kept = [i for i, tensor in enumerate(tensors) if tensor.isfinite().all()]
         if not kept:
-            return self._finish(self._stack(items, places))  # which says it
-        good = [items[i] for i in kept]
-        return self._finish(self._stack(good, [places[i] for i in kept]))
+            raise ValueError(f"{self.argument} {NOT_FINITE}, got no such datum among {len(items)}")
+        return self._stack([items[i] for i in kept], [places[i] for i in kept])
 
     def all(self) -> Tensor:
         """Return all data, binarised once."""

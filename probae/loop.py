@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
@@ -593,7 +594,8 @@ def _require_state(optim: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             fixed = name == "params" or value is None or isinstance(value, bool | str)
             if fixed and group[name] != value:
                 raise TypeError(f"optimizer has {name} {group[name]!r}, not {value!r}")
-            kinds = (*_NUMBER, Tensor) if type(value) in _NUMBER else type(value)
+            is_number = isinstance(value, int | float | np.generic)  # the last is saved as a float
+            kinds = (*_NUMBER, Tensor) if is_number else type(value)
             is_size = isinstance(group[name], Tensor) and group[name].numel() != 1
             if not isinstance(group[name], kinds) or is_size:
                 raise TypeError(f"optimizer has {name} {group[name]!r}, not like {value!r}")

@@ -152,6 +152,16 @@ CASES: dict[str, tuple[Callable[[], Autoencoder], Callable[[], Any], dict[str, A
             )
         },
     ),
+    "rates of NumPy": (
+        vae,
+        bits,
+        {
+            "optimizer": partial(torch.optim.AdamW, weight_decay=np.float32(0.1)),
+            "schedule": lambda optim: torch.optim.lr_scheduler.LambdaLR(
+                optim, lambda step: np.exp(-0.1 * step)
+            ),
+        },
+    ),
     "milestones": (
         vae,
         bits,
