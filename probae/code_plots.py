@@ -27,6 +27,7 @@ from .drawing import (
     mosaic,
     one_axes,
     require_images,
+    require_title,
     set_title,
     square,
 )
@@ -71,6 +72,7 @@ def latent_scatter(
         >>> latent_scatter(probae.VAE(8, 3), torch.ones(5, 8), "aabbc", dims=(2, 0)).get_xlabel()
         'z[2]'
     """
+    require_title(title)
     data = checked_data(pair, x)
     first, second = _two_places(dims, math.prod(pair.z_shape))
     kinds = None if labels is None else _labels(labels, len(data))
@@ -173,6 +175,7 @@ def dictionary(
         >>> ax.images[0].get_array().shape  # two by two, and white between them
         (17, 17)
     """
+    require_title(title)
     require_images(pair)
     num = require_count(num, "num")
     atoms = _atoms(pair)  # (K, *x_shape)
@@ -235,6 +238,7 @@ def code_histogram(
         >>> code_histogram(probae.VAE(8, 2), torch.rand(50, 8).round(), dims=[1]).get_xlabel()
         'z[1]'
     """
+    require_title(title)
     data = checked_data(pair, x)
     bins = require_count(bins, "bins")
     size = math.prod(pair.z_shape)
@@ -278,7 +282,9 @@ def _mean_codes(pair: Autoencoder, x: Tensor) -> Tensor:
 
 def _places(dims: Any, size: int) -> list[int]:
     """Return one or more places in a flat code of that size."""
-    given = dims.tolist() if hasattr(dims, "tolist") else dims
+    given = dims
+    if hasattr(dims, "tolist") and getattr(dims, "layout", torch.strided) == torch.strided:
+        given = dims.tolist() if getattr(dims, "is_meta", False) is not True else None
     chosen = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
     whole = [isinstance(d, Integral) and not isinstance(d, bool) for d in chosen]
     if not chosen or not all(whole) or not all(0 <= d < size for d in chosen):
@@ -302,8 +308,15 @@ def _two_places(dims: Any, size: int) -> tuple[int, int]:
 
 def _labels(labels: Any, count: int) -> np.ndarray:
     """Return the labels of ``count`` data, as classes or as numbers."""
+    if isinstance(labels, Tensor) and (labels.is_meta or labels.layout != torch.strided):
+        raise ValueError(
+            f"labels must be dense and hold values, got {labels.layout}, {labels.device}"
+        )
     given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
-    kinds = np.asarray(list(given) if isinstance(given, str) else given)
+    try:
+        kinds = np.asarray(list(given) if isinstance(given, str) else given)
+    except ValueError as error:
+        raise ValueError(f"labels must be {count}, one a datum: {error}") from error
     if kinds.shape != (count,):
         raise ValueError(
             f"labels must be {count}, one a datum, got an array of shape {kinds.shape}"

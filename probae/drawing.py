@@ -67,6 +67,23 @@ def given_axes(axes: Any, count: int, what: str) -> np.ndarray:
     return flat
 
 
+def require_title(title: Any) -> None:
+    """Raise a ValueError unless a title is a str, or None, for one that is made."""
+    if title is not None and not isinstance(title, str):
+        raise ValueError(f"title must be a str or None, got {type(title).__name__}")
+
+
+def as_limits(limits: Any) -> tuple[float, float]:
+    """Return two increasing numbers, or raise a ValueError."""
+    try:
+        low, high = (float(value) for value in limits)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # what is none, or not two
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"limits must be two increasing numbers, got {limits!r}")
+    return low, high
+
+
 def wrap(ax: Axes, text: str) -> str:
     """Break text to the width of the axes."""
     inches = ax.get_position(original=True).width * ax.figure.bbox.width / ax.figure.dpi
@@ -106,9 +123,7 @@ def mosaic(
         below: inches under them, for the names of the columns.
     """
     rows, columns, height, width = grid.shape[:4]
-    low, high = limits
-    if not low < high:
-        raise ValueError(f"limits must be two increasing numbers, got {limits!r}")
+    low, high = as_limits(limits)
     space, rest = gap(grid), grid.shape[4:]
     scaled = np.clip((grid - low) / (high - low), 0, 1)
     framed = np.ones((rows, columns, height + space, width + space, *rest))
@@ -165,6 +180,8 @@ def as_images(x: Tensor) -> np.ndarray:
 
 def is_image(x_shape: tuple[int, ...]) -> bool:
     """Whether data of that shape can be drawn: (1, H, W), (H, W) or (3, H, W)."""
+    if not isinstance(x_shape, Sequence) or isinstance(x_shape, str | bytes):
+        raise ValueError(f"x_shape must be a tuple of sizes, got {x_shape!r}")
     return len(x_shape) == 2 or (len(x_shape) == 3 and x_shape[0] in (1, 3))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .annealing import Sandwich
 from .calibration import CalibrationRanks, Coverage
-from .drawing import given_axes, new_figure, one_axes, set_figure_title, set_title
+from .drawing import given_axes, new_figure, one_axes, require_title, set_figure_title, set_title
 from .likelihood import LogLikelihood
 
 MOST_PANELS = 9  # of ranks, before they are drawn as lines in one
@@ -61,6 +61,7 @@ def calibration_ranks(
         >>> len(calibration_ranks(ranks))
         3
     """
+    require_title(title)
     if not isinstance(ranks, CalibrationRanks):
         raise ValueError(
             "ranks must be what probae.simulation_based_calibration returned, got "
@@ -107,6 +108,7 @@ def coverage(coverage: Coverage, *, title: str | None = None, ax: Axes | None = 
         >>> ax.get_ylabel()
         'share of simulated codes inside'
     """
+    require_title(title)
     if not isinstance(coverage, Coverage):
         raise ValueError(
             "coverage must be what probae.expected_coverage returned, got "
@@ -183,6 +185,7 @@ def likelihoods(
         >>> ax.get_xlabel()
         'log p(x), nats per datum (± 2 standard errors)'
     """
+    require_title(title)
     if not isinstance(entries, Mapping) or not entries:
         raise ValueError(
             "entries must be a dict of names and log-likelihoods, such as "
@@ -204,7 +207,7 @@ def likelihoods(
         raise ValueError(f"entries must be about the same data to compare, got {what}")
     zero = None
     if reference is not None:
-        if reference not in measured:
+        if not isinstance(reference, str) or reference not in measured:
             raise ValueError(
                 f"reference must be a name of a log-likelihood in entries, one of "
                 f"{', '.join(map(repr, measured))}, got {reference!r}"

@@ -25,6 +25,7 @@ from .checks import require_pair
 from .code_plots import code_histogram, dictionary, latent_scatter
 from .drawing import (
     as_images,
+    as_limits,
     checked_data,
     decoder_mean,
     given_axes,
@@ -35,13 +36,14 @@ from .drawing import (
     new_figure,
     one_axes,
     require_images,
+    require_title,
     set_title,
     square,
     wrap,
 )
 from .evaluation_plots import calibration_ranks, coverage, likelihoods
 from .latent import traverse
-from .part import require_count
+from .part import require_count, require_flag
 from .sampling import reconstruct, sample, score
 from .tangents import tangent_basis
 from .training import Run
@@ -97,6 +99,7 @@ def loss_curve(
         >>> losses.get_ylabel()
         'loss (nats per datum)'
     """
+    require_title(title)
     run = run_or_history if isinstance(run_or_history, Run) else None
     history = run_or_history.history if isinstance(run_or_history, Run) else run_or_history
     if not isinstance(history, Mapping):
@@ -193,6 +196,7 @@ def reconstructions(
         >>> len(ax.get_yticklabels())
         2
     """
+    require_title(title)
     require_images(pair)
     require_count(columns, "columns")
     shown = pair.check_input(x)[:columns]
@@ -240,7 +244,9 @@ def samples(
         >>> ax.images[0].get_array().shape  # two by two, and white between them
         (17, 17)
     """
+    require_title(title)
     require_images(pair)
+    require_flag(mean, "mean")
     x, z = sample(pair, num_samples, seed=seed)
     if mean:
         with frozen(pair, seed=0):
@@ -293,6 +299,7 @@ def traversals(
         >>> len(ax.get_yticklabels()), len(ax.get_xticklabels())
         (3, 5)
     """
+    require_title(title)
     require_images(pair)
     size = math.prod(pair.z_shape)
     first = dimensions is None and size > MOST_ROWS
@@ -365,6 +372,7 @@ def score_field(
         >>> ax.get_xlabel(), ax.get_ylabel()
         ('x[0]', 'x[1]')
     """
+    require_title(title)
     _require_plane(pair)
     num = require_count(num, "num", least=2)
     data = None if x is None else checked_data(pair, x).cpu().double()
@@ -456,6 +464,7 @@ def tangent_planes(
         >>> [label.get_text() for label in ax.get_xticklabels()]
         ['datum', '1st', '2nd']
     """
+    require_title(title)
     require_pair(pair)
     plane = pair.x_shape == (2,)
     if not plane and not is_image(pair.x_shape):
@@ -471,7 +480,7 @@ def tangent_planes(
     basis = tangent_basis(pair, points, of=of).basis  # (n, D, k)
     if plane:
         return _tangent_lines(pair, data, points, basis[:, :, 0], title, ax)
-    low, high = limits
+    low, high = as_limits(limits)
     directions = basis[:, :, :num_directions].mT  # (n, k, D)
     largest = directions.abs().amax(2, keepdim=True).clamp(min=torch.finfo(basis.dtype).tiny)
     shades = low + (high - low) * (0.5 + 0.5 * directions / largest)
@@ -504,7 +513,7 @@ def _window(data: Tensor | None, limits: Any) -> tuple[list[float], list[float]]
         return (low - room).tolist(), (high + room).tolist()
     try:
         ends = np.broadcast_to(np.asarray((-3, 3) if limits is None else limits, float), (2, 2))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         ends = np.zeros((2, 2))
     if not (np.isfinite(ends).all() and (ends[:, 0] < ends[:, 1]).all()):
         raise ValueError(
