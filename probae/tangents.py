@@ -190,6 +190,10 @@ def _checked(pair: Any, x: Any, what: str, of: Any) -> Tensor:
     require_pair(pair)
     require_finite(pair)
     require_gradients(what)
+    if pair.dtype not in (torch.float32, torch.float64):  # torch decomposes no others
+        raise ValueError(
+            f"pair must be of float32 or float64 for {what}, got {pair.dtype}; call pair.float()"
+        )
     if not isinstance(of, str) or of not in ("reconstruction", "encoder"):
         raise ValueError(f"of must be 'reconstruction' or 'encoder', got {of!r}")
     data = as_tensor(x, "x").detach().to(pair.device, pair.dtype)

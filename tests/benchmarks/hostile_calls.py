@@ -535,7 +535,9 @@ def call(name: str, arguments: dict[str, Any], hostile: list[str]) -> str:
         kind = type(error).__name__
         if not allowed(name, error):
             return f"CRASH: {kind}: {str(error)[:200]}"
-        others = parameters(name) if "pair" in hostile else []  # data that do not fit it
+        others = (
+            parameters(name) if {"pair", "pairs"} & {*hostile} else []
+        )  # data that do not fit it
         hostile = [*hostile, *others, *TOGETHER.get(name, [])]
         if out_of_memory(error):
             return "out of memory"
