@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from .checks import SupportCheck, is_grey, is_map_style, to_pair
 from .datasets import as_tensor, is_large_file, read_array, require_mappable
 from .part import require_count, require_flag
 
+NOT_FINITE = "must be finite"  # in what is said of such data, and of no other fault
 Share = Callable[[Tensor], Tensor]
 
 
@@ -44,14 +46,22 @@ class TrainingData:
         argument: name of ``x`` in messages.
         binarize: draw x ~ Bernoulli(x) anew at every presentation.
         num_workers: number of processes that read, beside this one.
+        skips: leave data that are not finite out of what `some` returns.
     """
 
     def __init__(
-        self, pair: Autoencoder, x: Any, argument: str, binarize: bool, num_workers: int = 0
+        self,
+        pair: Autoencoder,
+        x: Any,
+        argument: str,
+        binarize: bool,
+        num_workers: int = 0,
+        skips: bool = False,
     ) -> None:
         self.pair, self.argument = pair, argument
         self.binarize = require_flag(binarize, "binarize")
         self.num_workers = require_count(num_workers, "num_workers", least=0)
+        self.skips = skips
         self.seen_grey = False  # of a Dataset, as its data come by
         self.support = SupportCheck(pair, binarize)
         if isinstance(x, DataLoader):
@@ -79,7 +89,7 @@ class TrainingData:
             self.size = len(x)
             if self.size == 0:
                 raise ValueError(f"{argument} is empty: expected at least one datum")
-            self.rows(torch.arange(min(self.size, 2)))
+            self._look(torch.arange(min(self.size, 2)).tolist())
         elif not isinstance(x, IterableDataset):
             raise ValueError(
                 f"{argument} must be a map-style Dataset (with __len__ and __getitem__) or an "
@@ -159,11 +169,28 @@ class TrainingData:
     def some(self, number: int) -> Tensor:
         """Return so many random data, or the first of a pass, binarised once."""
         if self.size is not None:
-            return self.batch(torch.randperm(self.size)[:number])
+            places = torch.randperm(self.size)[:number]
+            if self.dataset is None:
+                return self.batch(places)
+            return self._finish(self._look(places.tolist()))
         items = list(itertools.islice(iter(self.dataset or ()), number))
         if not items:
             raise ValueError(f"{self.argument} is empty: expected at least one datum")
-        return self._finish(self._stack(items, range(len(items))))
+        return self._finish(self._look(range(len(items)), items))
+
+    def _look(self, places: Sequence[int], items: Any = None) -> Tensor:
+        """Return the data at these places as they are, checked, but for those to be left out."""
+        items = _items(self.dataset, list(places)) if items is None else items
+        try:
+            return self._stack(items, places)
+        except ValueError as error:
+            if not self.skips or NOT_FINITE not in str(error):
+                raise
+        tensors = [torch.as_tensor(_first(item)) for item in items]
+        kept = [i for i, tensor in enumerate(tensors) if tensor.isfinite().all()]
+        if not kept:
+            raise ValueError(f"{self.argument} {NOT_FINITE}, got no such datum among {len(items)}")
+        return self._stack([items[i] for i in kept], [places[i] for i in kept])
 
     def all(self) -> Tensor:
         """Return all data, binarised once."""
@@ -193,6 +220,7 @@ class TrainingData:
             batch_size=batch_size,
             num_workers=self.num_workers,
             collate_fn=_packed,
+            worker_init_fn=_stays,
             generator=torch.Generator().manual_seed(seed),  # else of the global stream
         )
 
@@ -214,7 +242,7 @@ class TrainingData:
         if items.is_floating_point() and not items.isfinite().all():
             bad = places[int((~items.isfinite()).flatten(1).any(1).nonzero()[0])]
             raise ValueError(
-                f"{self.argument} must be finite, got NaN or infinite values in {self.argument}"
+                f"{self.argument} {NOT_FINITE}, got NaN or infinite values in {self.argument}"
                 f"[{bad}]; remove or impute them"
             )
         x = to_pair(self.pair, as_tensor(items, self.argument), self.argument)
@@ -315,6 +343,16 @@ def _packed(items: Any) -> Any:
     if len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
         return firsts
     return torch.stack(tensors)
+
+
+def _stays(worker: int) -> None:
+    """Let a worker read on where an interrupt comes to it, too, as from a terminal.
+
+    It is this process that ends training, after the step under way, for which it wants its data.
+    The second SIGTERM is of the loader, which then waits for the worker no longer.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def _native(array: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import math
 import os
 import random
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,10 @@ def place(folder: str | os.PathLike[str]) -> Path:
     if not isinstance(folder, str | os.PathLike) or "\0" in os.fspath(folder):
         raise ValueError(f"checkpoint must be a folder, got {type(folder).__name__} {folder!r}")
     path = Path(folder).expanduser()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"checkpoint must be a folder, got the file {path}")
+    if os.path.lexists(path) and not path.is_dir():
+        raise ValueError(f"checkpoint must be a folder, got the file or broken link {path}")
+    if (path / FILE).is_dir():
+        raise ValueError(f"checkpoint must be a folder for a file {FILE}, which is a folder there")
     return path / FILE
 
 
@@ -136,6 +138,8 @@ class _Encoder:
                 for k, v in value.items()
             ]
             return {"dict": items}
+        if type(value) is Counter:  # as torch's MultiStepLR keeps its milestones
+            return {"counter": self.encode(dict(value), path)}
         if type(value) in (list, tuple):
             items = [self.encode(v, f"{path}[{i}]") for i, v in enumerate(value)]
             return items if isinstance(value, list) else {"tuple": items}
@@ -183,6 +187,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "dict":
         return {_decode(k, tensors): _decode(v, tensors) for k, v in content}
+    if kind == "counter":
+        return Counter(_decode(content, tensors))
     if kind == "tuple":
         return tuple(_decode(item, tensors) for item in content)
     if kind == "float":
@@ -220,6 +226,8 @@ def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> Non
     random.setstate((3, words, None if math.isnan(gauss) else gauss))
     if "numpy" in states:
         *keys, position, has_gauss = states["numpy"].tolist()
+        if not 0 <= position <= len(keys):  # which NumPy takes as it is
+            raise TypeError(f"the position in NumPy's stream is {position}")
         whole = ("MT19937", np.array(keys, np.uint32), position, has_gauss)
         np.random.set_state((*whole, float(states["numpy_gauss"])))  # noqa: NPY002
 

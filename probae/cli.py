@@ -32,6 +32,7 @@ from .datasets import (
 )
 from .decoders import LIKELIHOODS
 from .distributions import GreyBernoulli, has_component, is_flat
+from .files import held
 from .interrupts import terminate
 from .likelihood import LogLikelihood
 from .networks import ACTIVATIONS
@@ -346,7 +347,8 @@ def _fit(args: argparse.Namespace) -> None:
         if record["interrupted"]:
             raise KeyboardInterrupt(f"wrote {args.out} as it stands; {_goes_on(place)}")
         if not args.keep_checkpoint:
-            _remove(place)
+            with contextlib.suppress(ValueError):  # another run has just begun
+                _remove(place, patience=0.0)
     if not args.quiet:
         print(f"wrote {args.out}: {', '.join(names)}")
 
@@ -372,14 +374,18 @@ def _left_if_of_use(place: Path) -> Iterator[None]:
         file = place / checkpoints.FILE
         with contextlib.suppress(ValueError, OSError, LookupError, TypeError):
             if checkpoints.read(file)["epoch"] == 1:
-                _remove(place)
+                _remove(place, patience=0.0)
         raise
 
 
-def _remove(place: Path) -> None:
-    (place / checkpoints.FILE).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # other things lie there, or nothing ever did
-        place.rmdir()
+def _remove(place: Path, patience: float | None = None) -> None:
+    """Remove a checkpoint, or raise a ValueError where another run is at work there."""
+    if not place.exists():
+        return
+    with held(place, "--out", patience):
+        (place / checkpoints.FILE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other things lie there
+            place.rmdir()
 
 
 def _goes_on(place: Path) -> str:

@@ -11,8 +11,9 @@ these troubles.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ from .autoencoder import Autoencoder
 from .checks import require_pair
 from .datasets import as_tensor
 from .likelihood import LogLikelihood, log_likelihood
+
+if dist.is_available():
+    # Its functions keep the group that they find when they are imported, as a default. Imported
+    # later, as some optimizers do, they would keep the threads of a group beyond its end, to meet
+    # that of the interpreter, which aborts the process.
+    import torch.distributed.nn.functional
 
 BLOCK = 500  # data that one process evaluates at a time
 
@@ -124,6 +131,27 @@ def bytes_from_main(content: bytes | None) -> bytes | None:
     if content is not None and is_main():
         buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     return from_main(buffer).numpy().tobytes()
+
+
+def require_alike(values: Mapping[str, Any]) -> None:
+    """Raise a ValueError, in every process, where one has other values: they would wait for ever.
+
+    The names, of which there are as many in every process, are compared in their order.
+    """
+    if world_size() == 1:
+        return
+    digests = [hashlib.sha256(repr(value).encode()).digest() for value in values.values()]
+    numbers = torch.tensor([int.from_bytes(digest[:7], "little") for digest in digests])
+    first, *others = gathered(numbers)
+    for number, other in enumerate(others, 1):
+        odd = [
+            name for name, same in zip(values, (first == other).tolist(), strict=True) if not same
+        ]
+        if odd:
+            raise ValueError(
+                f"{', '.join(odd)} must be the same in all processes, got other ones in process "
+                f"{number} than in process 0; start all with the same arguments, data and pair"
+            )
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def move(part: Path, file: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path, argument: str) -> Iterator[None]:
+def held(folder: Path, argument: str, patience: float | None = None) -> Iterator[None]:
     """Keep a folder, made if need be, for this process; it is free again when the process ends.
 
     Workers outlive a killed process by some seconds, in which they hold its folder; so a little
@@ -82,7 +82,7 @@ def held(folder: Path, argument: str) -> Iterator[None]:
         return
     opened = os.open(folder, os.O_RDONLY)
     try:
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + (PATIENCE if patience is None else patience)
         while not _locked(opened):
             if time.monotonic() > until:
                 raise ValueError(

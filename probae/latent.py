@@ -298,6 +298,8 @@ def _values(values: Any, num_dimensions: int) -> Tensor:
         raise ValueError(
             f"values must be numbers of shape (S,) or (D, S), got {values!r}"
         ) from error
+    if given.is_meta or given.layout != torch.strided:
+        raise ValueError(f"values must be dense numbers, got {given.layout} on {given.device}")
     given = given.expand(num_dimensions, -1) if given.dim() == 1 else given
     if given.dim() != 2 or len(given) != num_dimensions or not given.numel():
         raise ValueError(

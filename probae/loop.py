@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import checkpoints, distributed
 from .autoencoder import Autoencoder, RandomState, random_state, set_random_state
-from .batches import MappedRows, TrainingData
+from .batches import NOT_FINITE, MappedRows, TrainingData
 from .compiling import Accelerator, CompiledStep
 from .interrupts import Interrupts
 from .monitoring import (
@@ -35,11 +36,14 @@ MOST_FAULTS = 10  # batches in a row that may be skipped
 
 
 class _Fault(Exception):
-    """A batch whose loss or gradient is not finite; ``find`` names the site and the datum."""
+    """A batch whose loss or gradient is not finite; ``find`` names the site and the datum.
 
-    def __init__(self, what: str, find: Callable[[], str | None]) -> None:
+    ``elsewhere`` tells that they are in the share of another process, which names them.
+    """
+
+    def __init__(self, what: str, find: Callable[[], str | None], elsewhere: bool = False) -> None:
         super().__init__(what)
-        self.what, self.find = what, find
+        self.what, self.find, self.elsewhere = what, find, elsewhere
 
 
 class Training:
@@ -141,7 +145,7 @@ class Training:
             except StopIteration:
                 return True
             except ValueError as error:  # of a Dataset, whose data are checked as they come
-                if not self.skips or "must be finite" not in str(error):
+                if not self.skips or NOT_FINITE not in str(error):
                     raise
                 source = _Fault(str(error), lambda: None)
             self.take(source)
@@ -154,7 +158,9 @@ class Training:
         if isinstance(self.objective, PerDatumObjective):
             of = self.steps_per_epoch or self.steps_before
             self.objective.epoch = self.epoch - 1 + (self.step / of if of else 0.0)
-        buffers = [b.clone() for b in self.pair.buffers()] if self.skips else []
+        if self.skips:  # what a batch that is left out must not change
+            buffers = [b.clone() for b in self.pair.buffers()]
+            streams = random_state(self.pair.device)
         try:
             loss, count = self.one_step(source)
         except (_Fault, torch.linalg.LinAlgError) as error:
@@ -166,8 +172,10 @@ class Training:
             lost = _Fault("a matrix lost its rank, or is not finite", lambda: found)
             self.leave_out(error if isinstance(error, _Fault) else lost)
             with torch.no_grad():  # last, as a look for the fault changes them, too
-                for buffer, before in zip(self.pair.buffers(), buffers, strict=False):
+                for buffer, before in zip(self.pair.buffers(), buffers, strict=True):
                     buffer.copy_(before)
+            # of which the process that met the fault has drawn more than others
+            set_random_state(streams, self.pair.device)
         else:
             self.loss, self.seen = self.loss + loss, self.seen + count
             self.skipped_in_a_row = 0
@@ -301,7 +309,8 @@ class Training:
                 raise batch
             if not math.isfinite(value):
                 raise self.fault_of_loss(value / len(batch), batch, places, streams)
-            raise _Fault("loss became NaN or infinite", lambda: "in the share of another process")
+            where = "in the share of another process"
+            raise _Fault("loss became NaN or infinite", lambda: where, elsewhere=True)
         whole = [*statistics, *owners]
         means = total[1 + len(flags) :].split([tensor.numel() for tensor in whole])
         with torch.no_grad():
@@ -325,7 +334,7 @@ class Training:
             if self.skips:
                 where = f"{self.skipped_in_a_row} batches in a row had faults; the last: {where}"
             raise self.best.error(where, fault.find())
-        if self.skipped == 1:
+        if self.skipped == 1 and not fault.elsewhere:
             found = fault.find()
             text = f"fit leaves out a batch, as {where}" + (f": {found}" if found else "")
             warnings.warn(f"{text}; further ones are only counted", stacklevel=7)
@@ -368,7 +377,8 @@ class Training:
         }
         if self.has_val:
             row["val_loss"] = objective_loss(self.pair, self.objective, self.monitor)
-        for name in ("elbo", "val_loss"):
+        # training data may hold what is left out, which is then measured, too
+        for name in () if self.skips and not self.has_val else ("elbo", "val_loss"):
             if not math.isfinite(row.get(name, 0.0)):
                 what = f"{name} became {row[name]} at the end of epoch {self.epoch}"
                 raise self.best.error(what, find_fault(self.pair, self.monitor))
@@ -418,6 +428,7 @@ class Training:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "random": streams,
             "random_at_start": self.at_start,
+            "versions": versions(),
         }
 
     def restore(self, saved: dict[str, Any], cosine: bool) -> None:
@@ -445,19 +456,35 @@ class Training:
             for name in ("pair", "best", "last"):
                 if {key: (t.shape, t.dtype) for key, t in saved[name].items()} != wanted:
                     raise ValueError(f"{self.file} does not fit the pair, in {name}")
+            for name, kind in _KINDS.items():
+                if type(saved[name]) not in kind or saved[name] != saved[name]:
+                    raise TypeError(f"{name} is {saved[name]!r}")
+            if min(saved["epoch"] - 1, saved["step"], saved["seen"]) < 0:
+                raise TypeError(f"epoch {saved['epoch']}, step {saved['step']} are none")
+            _require_state(self.optim, saved["optimizer"])
             self.optim.load_state_dict(saved["optimizer"])
+            _lay_out(self.optim)
             if self.scheduler is not None:
+                hidden = [
+                    key for key in saved["scheduler"] if callable(getattr(self.scheduler, key, 0))
+                ]
+                if hidden:
+                    raise TypeError(f"scheduler holds {hidden[0]}, which is no number")
                 self.scheduler.load_state_dict(saved["scheduler"])
             for name in _COUNTED:
-                value = saved[name]
-                if not isinstance(value, int | float | None):
-                    raise TypeError(f"{name} is {value!r}")
-                setattr(self, name, value)
+                setattr(self, name, saved[name])
             self.order, self.history = saved["order"], saved["history"]
-            if self.step > 0 and self.data.size not in (None, len(self.order)):
-                raise TypeError(f"order is of {len(self.order)} data")
-            if any(len(self.history[name]) != self.epoch - 1 for name in self.history):
-                raise TypeError("history is not as long as training was")
+            if self.step > 0 and self.data.size is not None:
+                places = torch.arange(self.data.size)
+                is_long = self.order.dtype == places.dtype
+                if not is_long or not torch.equal(self.order.sort().values, places):
+                    raise TypeError(f"order is none of {self.data.size} data")
+            columns = _columns(self.has_val, self.skips) if self.epoch > 1 else []
+            if not {*columns} <= self.history.keys():
+                raise TypeError(f"history has no more than {', '.join(self.history)}")
+            for column in self.history.values():
+                if len(column) != self.epoch - 1 or any(type(v) is not float for v in column):
+                    raise TypeError("history is not as long as training was, or holds no numbers")
             self.earlier_kl_method, self.earlier_seconds = saved["kl_method"], saved["seconds"]
             self.data.seen_grey = saved["seen_grey"]
             if saved["max_plate_nesting"] is not None:
@@ -473,9 +500,19 @@ class Training:
             self.best.epoch, self.best.last_epoch = saved["best_epoch"], saved["last_epoch"]
             self.best.val_loss = saved["best_val_loss"]
             self.best.state, self.best.last = saved["best"], saved["last"]
+            then, now = saved.get("versions", {}), versions()
+            changed = [f"{name} (was {then[name]}, is {now.get(name)})" for name in then
+                       if then[name] != now.get(name)]  # fmt: skip
             self.pair.load_state_dict(saved["pair"])
-        same = self.draws_itself or number == distributed.world_size()
-        if not same and distributed.is_main():
+        if not distributed.is_main():
+            return
+        if changed:
+            warnings.warn(
+                f"{self.file} was written with other versions: {', '.join(changed)}; training goes "
+                "on, but may round otherwise from here on",
+                stacklevel=3,
+            )
+        if not self.draws_itself and number != distributed.world_size():
             warnings.warn(
                 f"the run had {number} processes and goes on with {distributed.world_size()}: its "
                 "noise is another from here on",
@@ -497,6 +534,21 @@ _COUNTED = (
     "skipped_now",
     "skipped_in_a_row",
 )
+
+_NUMBER = (int, float)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("epoch", "step", "seen", "best_epoch", "last_epoch"), (int,)),
+    **dict.fromkeys(("skipped", "skipped_now", "skipped_in_a_row"), (int,)),
+    **dict.fromkeys(("loss", "seconds", "best_val_loss"), _NUMBER),
+    "steps_before": (int, type(None)),
+    "max_plate_nesting": (*_NUMBER, type(None)),
+    "kl_method": (dict,),
+    "seen_grey": (bool,),
+}
+
+# what kernels that fuse an optimizer's step keep of each parameter, and take to be of its size
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+_KEPT = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}
 
 
 def streams_of_all(device: torch.device) -> list[dict[str, Tensor]]:
@@ -520,6 +572,50 @@ def part_streams() -> None:
     if distributed.rank() > 0:
         seed = torch.initial_seed() + distributed.rank() * 0x9E3779B97F4A7C15
         torch.manual_seed(seed % 2**63)
+
+
+def _require_state(optim: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Raise a TypeError where the state of an optimizer is none of its parameters."""
+    for group, now in zip(saved["param_groups"], optim.state_dict()["param_groups"], strict=True):
+        for name, value in now.items():
+            fixed = name == "params" or value is None or isinstance(value, bool | str)
+            if fixed and group[name] != value:
+                raise TypeError(f"optimizer has {name} {group[name]!r}, not {value!r}")
+            is_number = isinstance(value, int | float | np.generic)  # the last is saved as a float
+            kinds = (*_NUMBER, Tensor) if is_number else type(value)
+            is_size = isinstance(group[name], Tensor) and group[name].numel() != 1
+            if not isinstance(group[name], kinds) or is_size:
+                raise TypeError(f"optimizer has {name} {group[name]!r}, not like {value!r}")
+    parameters = [p for group in optim.param_groups for p in group["params"]]
+    for i, state in saved["state"].items():
+        shape = parameters[range(len(parameters))[i]].shape
+        if isinstance(optim, torch.optim.Adam) and None in map(state.get, _ADAM):
+            raise TypeError(f"optimizer lacks {', '.join(_ADAM)} of parameter {i}")
+        for name, value in state.items():
+            size = shape if name in _KEPT else torch.Size() if name == "step" else None
+            if size is None or value is None or (name == "step" and type(value) in _NUMBER):
+                continue
+            if not isinstance(value, Tensor) or value.shape != size:
+                raise TypeError(f"optimizer has {name} of another shape than parameter {i}")
+
+
+def _lay_out(optim: torch.optim.Optimizer) -> None:
+    """Lay the state of an optimizer out in memory as its parameters are, as at the start.
+
+    Checkpoints hold contiguous tensors; kernels that fuse go through parameter and state alike.
+    """
+    for p in (p for group in optim.param_groups for p in group["params"]):
+        for name, value in optim.state[p].items() if p in optim.state else ():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.dim() > 1:
+                like = torch.empty_like(p, dtype=value.dtype, device=value.device)
+                optim.state[p][name] = like.copy_(value)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    from . import __version__
+
+    return {"probae": __version__, "torch": str(torch.__version__), "pyro": pyro.__version__}
 
 
 @contextlib.contextmanager

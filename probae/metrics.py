@@ -83,7 +83,8 @@ def fraction_of_variance_unexplained(x: Tensor, x_hat: Tensor) -> Tensor:
         x_hat: their reconstructions, same shape.
 
     Raises:
-        ValueError: the shapes differ, there is no data dimension, or all data are equal.
+        ValueError: the shapes differ, there is no data dimension, all data are equal, or the sums
+            do not fit into the dtype.
 
     Example:
         >>> import torch
@@ -109,7 +110,13 @@ def fraction_of_variance_unexplained(x: Tensor, x_hat: Tensor) -> Tensor:
             f"x must hold at least two different data, or it has no variance to explain, got "
             f"{len(x)} equal ones"
         )
-    return (x - x_hat).square().sum() / variance
+    error = (x - x_hat).square().sum()
+    if not (error / variance).isfinite() or not variance.isfinite():
+        raise ValueError(
+            f"x and x_hat must be numbers whose squares fit into {x.dtype}; scale both, or pass "
+            "them as float64"
+        )
+    return error / variance
 
 
 def _active(z: Tensor) -> Tensor:

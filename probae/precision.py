@@ -35,7 +35,7 @@ class Bfloat16Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in PRODUCTS or args[0].dtype is not torch.float32:
+        if func not in PRODUCTS or (args or [kwargs["input"]])[0].dtype is not torch.float32:
             return func(*args, **kwargs)
         args = [_halved(value) for value in args]
         kwargs = {name: _halved(value) for name, value in kwargs.items()}

@@ -74,11 +74,12 @@ class LaplacePrior(Part):
     Args:
         z_dim: number of latent dimensions.
         rate: λ > 0, the weight of the L1 penalty that -log p(z) is.
-        learn_rate: train λ, from ``rate`` on. Under a point code the loss then has no minimum: it
-            falls without limit as z -> 0 and λ -> ∞.
+        learn_rate: train λ, from ``rate`` on. Under a point code the loss then has no minimum of
+            use: it falls as z -> 0 and λ grows, down to the floor of the scale.
+        scale_min: floor of a learned scale 1/λ.
 
     Raises:
-        ValueError: ``rate`` is not a finite number > 0.
+        ValueError: ``rate`` or ``scale_min`` is not a finite number > 0.
 
     Reference:
         Olshausen & Field, Sparse coding with an overcomplete basis set, 1997.
@@ -88,10 +89,17 @@ class LaplacePrior(Part):
         torch.Size([3])
     """
 
-    def __init__(self, z_dim: int, rate: float = 1.0, learn_rate: bool = False) -> None:
+    def __init__(
+        self,
+        z_dim: int,
+        rate: float = 1.0,
+        learn_rate: bool = False,
+        scale_min: float = 1e-6,
+    ) -> None:
         super().__init__()
         z_dim = require_count(z_dim, "z_dim")
         self.rate = require_positive(rate, "rate")
+        self.scale_min = require_positive(scale_min, "scale_min")
         self.log_rate = (
             nn.Parameter(torch.tensor(math.log(self.rate)))
             if require_flag(learn_rate, "learn_rate")
@@ -101,8 +109,9 @@ class LaplacePrior(Part):
 
     def forward(self) -> Distribution:
         """Return p(z), event shape (z_dim,)."""
-        scale = 1 / self.rate if self.log_rate is None else (-self.log_rate).exp()
-        return dist.Laplace(self.loc, scale).to_event(1)
+        if self.log_rate is None:
+            return dist.Laplace(self.loc, 1 / self.rate).to_event(1)
+        return dist.Laplace(self.loc, (-self.log_rate).exp().clamp(min=self.scale_min)).to_event(1)
 
 
 class ExponentialPrior(Part):
@@ -268,6 +277,10 @@ class GaussianMixturePrior(Part):
     Args:
         z_dim: number of latent dimensions.
         components: number of mixture components.
+        scale_min: floor of σ: a component could else shrink onto one code.
+
+    Raises:
+        ValueError: ``scale_min`` is not a finite number > 0.
 
     Reference:
         Dilokthanakul et al., Deep unsupervised clustering with Gaussian mixture VAEs, 2016.
@@ -277,17 +290,19 @@ class GaussianMixturePrior(Part):
         torch.Size([3])
     """
 
-    def __init__(self, z_dim: int, components: int = 10) -> None:
+    def __init__(self, z_dim: int, components: int = 10, scale_min: float = 1e-6) -> None:
         super().__init__()
         z_dim = require_count(z_dim, "z_dim")
         components = require_count(components, "components")
+        self.scale_min = require_positive(scale_min, "scale_min")
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, z_dim))
         self.log_scale = nn.Parameter(torch.zeros(components, z_dim))
 
     def forward(self) -> Distribution:
         """Return p(z), event shape (z_dim,)."""
-        components = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+        scale = self.log_scale.exp().clamp(min=self.scale_min)
+        components = dist.Normal(self.loc, scale).to_event(1)
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
 
 

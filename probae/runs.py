@@ -274,7 +274,10 @@ def staged(out: Path, marker: str, form: str, overwrite: bool) -> Iterator[Path]
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {out}")
     if out.is_dir() and any(out.iterdir()):
-        if not _has_format(out / marker, form):
+        # what a run left that was killed while its files were moved, the marker last
+        names = {path.name for path in out.iterdir()}
+        partial = overwrite and marker not in names and names <= {*FILES}
+        if not partial and not _has_format(out / marker, form):
             raise ValueError(f"--out {out} is not empty and holds no earlier run; take another")
         if not overwrite:
             raise ValueError(

@@ -136,7 +136,7 @@ def lasso(
     codes_shape = (len(x), dictionary.shape[1])
     start = prediction if start is None else start
     prediction = _as_codes(prediction, codes_shape, x, "prediction")
-    return _solve(
+    found = _solve(
         x,
         dictionary,
         rate,
@@ -148,6 +148,12 @@ def lasso(
         require_positive(tolerance, "tolerance"),
         require_count(max_iterations, "max_iterations"),
     )
+    if not found.kkt.isfinite().all():
+        raise ValueError(
+            "x, dictionary, start and prediction must be numbers whose products fit into "
+            f"{x.dtype}, got some that overflow; scale them"
+        )
+    return found
 
 
 def sparse_coding_energy(

@@ -124,6 +124,7 @@ class NoisyGateEncoder(Part):
             ``logistic`` or ``gaussian``.
         slab_scale: scale σ > 0 of the values, or None for z = s ⊙ a, a point code in the values.
         learn_scale: train σ, one a dimension, from ``slab_scale`` on.
+        scale_min: floor of a learned σ.
 
     Raises:
         ValueError: a number is not finite and > 0, the kernel is unknown, or ``learn_scale`` is
@@ -151,6 +152,7 @@ class NoisyGateEncoder(Part):
         kernel: str = "rectangle",
         slab_scale: float | None = 0.1,
         learn_scale: bool = False,
+        scale_min: float = 1e-6,
     ) -> None:
         super().__init__()
         self.network = network
@@ -158,6 +160,7 @@ class NoisyGateEncoder(Part):
         self.bandwidth = require_positive(bandwidth, "bandwidth")
         self.kernel = _require_kernel(kernel)
         require_flag(learn_scale, "learn_scale")
+        self.scale_min = require_positive(scale_min, "scale_min")
         if slab_scale is None and learn_scale:
             raise ValueError("learn_scale=True needs a slab_scale to start from, got None")
         self.slab_scale = None if slab_scale is None else require_positive(slab_scale, "slab_scale")
@@ -172,7 +175,9 @@ class NoisyGateEncoder(Part):
         gate = KERNELS[self.kernel](u).to_event(1)
         if self.slab_scale is None:
             return SpikeAndSlab(gate, dist.Delta(value))
-        scale = self.slab_scale if self.log_scale is None else self.log_scale.exp()
+        scale: Tensor | float = self.slab_scale
+        if self.log_scale is not None:
+            scale = self.log_scale.exp().clamp(min=self.scale_min)
         return SpikeAndSlab(gate, dist.Normal(value, scale))
 
 

@@ -172,7 +172,8 @@ def fit(
         on_fault: what happens where the loss or a gradient of a batch is NaN or infinite, or a
             Dataset gives such data: ``"raise"``, or ``"skip"`` to go on without that batch,
             parameters, optimizer and batch-norm statistics as before it. Skipped batches are
-            counted, and the first is warned of; more than 10 in a row raise.
+            counted, and the first is warned of; more than 10 in a row raise. Without ``val``, what
+            an epoch measures is NaN where the training data that are measured hold such a datum.
         checkpoint: folder for the checkpoint; None: none is written.
         checkpoint_seconds: seconds between two checkpoints within an epoch.
         resume: go on from the checkpoint in that folder; where there is none yet, begin, so that
@@ -221,6 +222,16 @@ def fit(
         )
     file = _checkpoint(checkpoint, checkpoint_seconds, resume)
     device = pair.device
+    distributed.require_alike(
+        {
+            "checkpoint": file is None,
+            "resume": resume,
+            "epochs": epochs,
+            "patience": patience,
+            "device": device.type,
+            "seed": seed,
+        }
+    )
     with contextlib.ExitStack() as stack:
         if file is not None and distributed.is_main():
             stack.enter_context(held(file.parent, "checkpoint"))
@@ -232,11 +243,11 @@ def fit(
             set_streams(saved, "random_at_start", device, str(file))
         at_start = streams_of_all(device)
         with seeded(0, {device}):  # so that what is measured does not change what is trained
-            data = TrainingData(pair, x, "x", binarize, num_workers)
+            skips = on_fault == "skip"
+            data = TrainingData(pair, x, "x", binarize, num_workers, skips)
         held_out = None if val is None else TrainingData(pair, val, "val", binarize)
         with seeded(0, {device}):
             monitor = data.some(1000) if held_out is None else held_out.all()
-        monitor = distributed.from_main(monitor)
         stack.enter_context(local_parameters())
         stack.enter_context(torch.enable_grad())
         if distributed.world_size() > 1 and data.size is None:
@@ -244,24 +255,14 @@ def fit(
         parameters = [p for p in pair.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("pair has no parameters that require gradients: nothing to train")
-        _make_equal(pair)
         steps_per_epoch = None if data.size is None else math.ceil(data.size / batch_size)
         make = partial(torch.optim.Adam, fused=True) if optimizer is None else optimizer
         optim = _optimizer(make, parameters, lr)
         steps = None if steps_per_epoch is None else epochs * steps_per_epoch
         scheduler = _scheduler(schedule, optim, steps)
-        best = Best(pair)
-        stack.enter_context(best.kept_on_error(file))
-        if isinstance(objective, PerDatumObjective):
-            stack.callback(setattr, objective, "epoch", math.inf)
-        training = Training(pair, objective, data, optim, scheduler, best, clip_norm)
-        training.epochs, training.batch_size = epochs, batch_size
-        training.steps_per_epoch = steps_per_epoch
-        training.precision, training.skips = precision, on_fault == "skip"
-        training.monitor, training.has_val = monitor, held_out is not None
-        training.file, training.seconds_between = file, checkpoint_seconds
-        if file is not None:  # else nobody asks, and to hash large data takes a while
-            training.settings = {
+        settings: dict[str, Any] = {}
+        if file is not None or distributed.world_size() > 1:  # to hash large data takes a while
+            settings = {
                 "batch_size": batch_size,
                 "lr": float(lr),
                 "objective": _describe(objective),
@@ -274,8 +275,24 @@ def fit(
                 "on_fault": on_fault,
                 "pair": checkpoints.structure(pair),
                 "x": _describe_data(data),
-                "val": None if held_out is None else checkpoints.fingerprint(monitor),
             }
+            shapes = [None, monitor.shape] if held_out is None else [monitor.shape, None]
+            alike = {**settings, "val": shapes[0], "x": (settings["x"], shapes[1])}
+            distributed.require_alike(alike)
+            _make_equal(pair)
+            monitor = distributed.from_main(monitor)
+            settings["val"] = None if held_out is None else checkpoints.fingerprint(monitor)
+        best = Best(pair)
+        stack.enter_context(best.kept_on_error(file))
+        if isinstance(objective, PerDatumObjective):
+            stack.callback(setattr, objective, "epoch", math.inf)
+        training = Training(pair, objective, data, optim, scheduler, best, clip_norm)
+        training.epochs, training.batch_size = epochs, batch_size
+        training.steps_per_epoch = steps_per_epoch
+        training.precision, training.skips = precision, skips
+        training.monitor, training.has_val = monitor, held_out is not None
+        training.file, training.seconds_between = file, checkpoint_seconds
+        training.settings = settings
         if saved is not None:
             training.restore(saved, cosine=schedule == "cosine")
         else:
@@ -408,7 +425,10 @@ def _describe_data(data: TrainingData) -> dict[str, Any]:
     if data.dataset is None:
         return {"size": data.size, "hash": checkpoints.fingerprint(data.tensor)}
     if not isinstance(data.dataset, MappedRows) or data.size is None:
-        return {"size": data.size, "type": type(data.dataset).__qualname__}
+        found: dict[str, Any] = {"size": data.size, "type": type(data.dataset).__qualname__}
+        if data.num_workers > 0:  # by which items draw otherwise, and passes have another order
+            found["workers"] = "any" if data.size is not None else data.num_workers
+        return found
     some = torch.linspace(0, data.size - 1, min(64, data.size), dtype=torch.float64).long()
     return {"size": data.size, "hash of some": checkpoints.fingerprint(data.rows(some))}
 

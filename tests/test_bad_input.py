@@ -843,3 +843,9 @@ def test_fit_restores_the_schedule_of_an_objective_that_does_not_fit() -> None:
     pair = vae()
     refuses(lambda: fit(pair, objective=objective, val=bits_fixed()[:, :3]), r"val must have", pair)
     assert objective.beta == 1.0
+
+
+def test_codes_that_overflow_are_named() -> None:
+    x, dictionary = torch.randn(5, 6), torch.randn(6, 2)
+    with pytest.raises(ValueError, match="start and prediction must be numbers whose products fit"):
+        probae.lasso(x, dictionary, 0.1, start=torch.full((5, 2), 1e38))

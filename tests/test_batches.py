@@ -1,8 +1,10 @@
 """Training data in batches: mapped files, Datasets, passes, workers; checked as they come."""
 
+import multiprocessing
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -270,6 +272,56 @@ def test_training_on_passes(workers: int) -> None:
     )
     assert len(run.history["val_loss"]) == 2
     assert all(torch.isfinite(p).all() for p in pair.parameters())
+
+
+class Faulty(Noisy):
+    """Rows of which one is not finite."""
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+        x, label = super().__getitem__(place)
+        return x * (float("nan") if place == 1 else 1.0), label
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_datum_that_is_left_out_ends_no_run(workers: int) -> None:
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 5, "num_workers": workers}
+    with pytest.raises(ValueError, match=r"x must be finite, got .* in x\[1\]"):
+        probae.fit(vae(), Faulty(), progress=False, **options)
+    with pytest.warns(UserWarning, match="fit leaves out a batch"):
+        run = probae.fit(vae(), Faulty(), progress=False, on_fault="skip", **options)
+    assert run.skipped == 2
+    assert run.history["skipped"] == [1, 1]
+    assert all(np.isfinite(run.history["elbo"]))  # of the data that are finite
+
+
+class Signalled(probae.ELBO):
+    """An objective at whose third step a signal comes to all processes, as from a terminal."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self._number, self._count = number, 0
+
+    def differentiable_loss(self, *arguments: Any, **keywords: Any) -> Tensor:
+        self._count += torch.is_grad_enabled()
+        if self._count == 3 and torch.is_grad_enabled():
+            for child in multiprocessing.active_children():
+                assert child.pid is not None
+                os.kill(child.pid, self._number)
+                child.join(0.5)  # it may end of it
+            if self._number == signal.SIGINT:
+                signal.raise_signal(self._number)
+        return super().differentiable_loss(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_read_on_where_a_signal_comes_to_them(number: signal.Signals) -> None:
+    objective = Signalled(number)
+    run = probae.fit(
+        vae(), Noisy(), epochs=3, batch_size=5, objective=objective, num_workers=2, progress=False
+    )
+    assert run.interrupted == (number == signal.SIGINT)
+    assert objective._count == (3 if run.interrupted else 15)
+    assert multiprocessing.active_children() == []
 
 
 RESIDENT = """

@@ -1,12 +1,15 @@
 """Checkpoints: whole or not there, of this run or refused, and to the bit the run they continue."""
 
+import errno
 import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -148,6 +151,21 @@ CASES: dict[str, tuple[Callable[[], Autoencoder], Callable[[], Any], dict[str, A
                 milestones=[4],
             )
         },
+    ),
+    "rates of NumPy": (
+        vae,
+        bits,
+        {
+            "optimizer": partial(torch.optim.AdamW, weight_decay=np.float32(0.1)),
+            "schedule": lambda optim: torch.optim.lr_scheduler.LambdaLR(
+                optim, lambda step: np.exp(-0.1 * step)
+            ),
+        },
+    ),
+    "milestones": (
+        vae,
+        bits,
+        {"schedule": lambda optim: torch.optim.lr_scheduler.MultiStepLR(optim, [3, 5, 5])},
     ),
     "corruption": (
         lambda: probae.DenoisingVAE(X, Z, hidden=(5,), corruption=probae.BitFlip(0.2)),
@@ -306,6 +324,10 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "data": ({"x": 1 - bits()}, r"x \(hash was \w+, is \w+\)"),
     "number of data": ({"x": bits(21)}, r"x \(hash was .* and 1 more\)"),
     "Dataset": ({"x": TensorDataset(bits())}, r"x \(hash was \w+, is None and 1 more\)"),
+    "workers": (
+        {"x": TensorDataset(bits()), "num_workers": 1},
+        r"x \(hash was \w+, is None and 2 more\)",
+    ),
     "width": (
         {"pair": partial(vae, hidden=(6,))},
         r"pair \(decoder.* was .*5.*, is .*6.* and \d+ more\)",
@@ -343,6 +365,108 @@ def test_another_run_is_refused_by_what_differs(case: str, tmp_path: Path) -> No
         fit(pair, resume=True, **{**options, **changes})
     assert all(torch.equal(tensor, before[name]) for name, tensor in pair.state_dict().items())
     assert (tmp_path / checkpoints.FILE).read_bytes() == content
+
+
+def test_other_versions_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"checkpoint": tmp_path, "resume": True, "batch_size": 8}
+    fit(vae(), bits(), epochs=1, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(vae(), bits(), epochs=2, **options)
+    now = str(torch.__version__)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    with pytest.warns(
+        UserWarning, match=rf"other versions: torch \(was {re.escape(now)}, is 9.9\)"
+    ):
+        run = fit(vae(), bits(), epochs=3, **options)
+    assert len(run.history["loss"]) == 3
+
+
+def test_places_that_hold_no_checkpoint_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "run" / checkpoints.FILE).mkdir(parents=True)
+    for name, message in (("link", "broken link"), ("run", "which is a folder there")):
+        with pytest.raises(ValueError, match=rf"checkpoint must be a folder.*{message}"):
+            fit(vae(), bits(), epochs=1, checkpoint=tmp_path / name)
+
+
+def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, resumed, pair = vae(), vae(seed=4), vae()
+    fit(whole, bits(), epochs=4, batch_size=8)
+    count, sync = [0], os.fsync
+
+    def full(opened: int) -> None:
+        count[0] += 1
+        if count[0] > 4:  # two of each checkpoint: of the file, and of the folder
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(opened)
+
+    options: dict[str, Any] = {"batch_size": 8, "checkpoint": tmp_path, "resume": True}
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(pair, bits(), epochs=4, **options)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoints.FILE]
+    assert checkpoints.read(tmp_path / checkpoints.FILE)["epoch"] == 2
+    fit(resumed, bits(), epochs=4, **options)
+    assert_same(resumed, whole)
+
+
+def transposed() -> Autoencoder:
+    """Return a pair whose weights lie in memory column by column, as with channels_last."""
+    pair = vae()
+    for module in pair.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().t().contiguous().t())
+    return pair
+
+
+def test_the_state_of_an_optimizer_lies_in_memory_as_the_parameters_do(tmp_path: Path) -> None:
+    whole, resumed = transposed(), transposed()
+    fit(whole, bits(), epochs=4, batch_size=8)
+    options: dict[str, Any] = {"batch_size": 8, "checkpoint": tmp_path, "resume": True}
+    fit(transposed(), bits(), epochs=2, **options)
+    fit(resumed, bits(), epochs=4, **options)
+    assert_same(resumed, whole)
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "short moment": lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    "no moment": lambda s: s["optimizer"]["state"][0].pop("exp_avg"),
+    "long step": lambda s: s["optimizer"]["state"][0].update(step=torch.zeros(2)),
+    "another parameter": lambda s: s["optimizer"]["state"].update({-1: {}}),
+    "no such parameter": lambda s: s["optimizer"]["state"].update({99: {}}),
+    "flag": lambda s: s["optimizer"]["param_groups"][0].update(fused=False),
+    "betas": lambda s: s["optimizer"]["param_groups"][0].update(betas=math.nan),
+    "rate": lambda s: s["optimizer"]["param_groups"][0].update(lr="x"),
+    "method": lambda s: s["scheduler"].update(step=1),
+    "epoch": lambda s: s.update(epoch=math.nan),
+    "step": lambda s: s.update(step=-1),
+    "history": lambda s: s["history"].pop("loss"),
+    "number of the history": lambda s: s["history"].update(loss=["x"]),
+    "order": lambda s: s.update(order=s["order"] * 0),
+    "order beyond": lambda s: s.update(order=s["order"] + 1),
+    "order of numbers": lambda s: s.update(order=s["order"].double()),
+    "NumPy's stream": lambda s: s["random"][0]["numpy"].fill_(10**6),
+    "seconds": lambda s: s.update(seconds=()),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_forged_checkpoints_are_refused(what: str, tmp_path: Path) -> None:
+    """As one could write with a checksum that fits: an optimizer would reach beyond its memory."""
+    options: dict[str, Any] = {"batch_size": 8, "checkpoint": tmp_path, "epochs": 3}
+    options["schedule"] = partial(torch.optim.lr_scheduler.StepLR, step_size=2)
+    objective = Pressing(4)
+    fit(vae(), bits(), objective=objective, **options)
+    file = tmp_path / checkpoints.FILE
+    saved = checkpoints.read(file)
+    FORGED[what](saved)
+    checkpoints.write(file, saved)
+    with pytest.raises(ValueError, match=r"checkpoint.safetensors does not hold what a checkp"):
+        fit(vae(), bits(), objective=objective, resume=True, **options)
 
 
 def test_what_changes_no_figure_may_differ(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from PIL import Image
 from sklearn.decomposition import PCA  # type: ignore[import-untyped, unused-ignore]
 
 import probae
-from probae import cli
+from probae import checkpoints, cli
+from probae import files as probae_files
 from probae.demo import _independent_bernoulli
 
 DATA = Path(os.environ.get("PROBAE_DATA") or Path(__file__).resolve().parents[2] / "shared/data")
@@ -636,6 +637,38 @@ def test_after_a_signal_the_same_command_goes_on(
     assert read(run / "run.json")["interrupted"] is False
     assert names_in(tmp_path / "run") == names_in(vae)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
+
+
+def test_what_is_left_of_files_half_moved_is_written_over(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    succeed(*LONG, run, "--keep-checkpoint")
+    (run / "run.json").unlink()  # it comes last
+    (run / "mine").touch()
+    assert "holds no earlier run" in fail(*LONG, run, "--resume")
+    (run / "mine").unlink()
+    succeed(*LONG, run, "--resume")
+    assert read(run / "run.json")["interrupted"] is False
+
+
+def test_a_second_run_leaves_the_checkpoint_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probae_files, "PATIENCE", 0.3)
+    run, place = tmp_path / "run", tmp_path / "run.checkpoint"
+    real = probae.fit
+
+    def begun(*arguments: Any, **keywords: Any) -> probae.Run:
+        first.enter_context(probae_files.held(place, "checkpoint"))
+        checkpoints.write(place / checkpoints.FILE, {"epoch": 1})
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(cli, "fit", begun)
+    with contextlib.ExitStack() as first:  # another run begins while this one reads its data
+        assert "another process is at work" in fail(*LONG, run)
+        assert names_in(place) == ["checkpoint.safetensors"]
+        monkeypatch.setattr(cli, "fit", real)
+        assert "another process is at work" in fail(*LONG, run, "--overwrite")
+        assert names_in(place) == ["checkpoint.safetensors"]
 
 
 def test_a_kept_checkpoint_is_trained_on_from(tmp_path: Path) -> None:

@@ -276,6 +276,8 @@ def test_noisy_gate_values() -> None:
     learned = NoisyGateEncoder(nn.Identity(), 3, slab_scale=0.2, learn_scale=True)
     assert learned.log_scale.exp().tolist() == pytest.approx([0.2] * 3)
     assert torch.allclose(learned(a.float()).slab.scale, torch.tensor(0.2))
+    torch.nn.init.constant_(learned.log_scale, -1e4)  # whose exponential is 0
+    assert learned(a.float()).slab.scale.unique().item() == pytest.approx(1e-6)
 
 
 def test_gate_encoders_refuse_settings_that_mean_nothing() -> None:

@@ -94,3 +94,10 @@ def test_codes_that_are_not_finite_count_as_nothing() -> None:
             measure(z)
     with pytest.raises(ValueError, match="threshold must be a share"):
         probae.dead_features(torch.ones(2, 2), "a")
+
+
+@pytest.mark.parametrize(("x", "x_hat"), [(1.0, 1e38), (1e38, 1.0), (1e38, 1e38), (1e-30, 1.0)])
+def test_what_overflows_is_named(x: float, x_hat: float) -> None:
+    data = torch.eye(4) * x
+    with pytest.raises(ValueError, match="x and x_hat must be numbers whose squares fit"):
+        fraction_of_variance_unexplained(data, torch.full((4, 4), x_hat))

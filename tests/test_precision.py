@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import probae
-from probae import precision
+from probae import precision as module
 from probae.precision import products_in, require_precision
 
 SHAPES = [
@@ -45,6 +45,27 @@ def test_float32_changes_nothing() -> None:
     layer, x = nn.Linear(6, 5), torch.randn(4, 6)
     with products_in("float32"):
         assert torch.equal(layer(x), x @ layer.weight.T + layer.bias)
+
+
+def test_arguments_may_be_named() -> None:
+    x, weight = torch.randn(4, 6), torch.randn(5, 6)
+    with products_in("bf16"):
+        y = nn.functional.linear(input=x, weight=weight)
+        assert torch.equal(y, nn.functional.linear(x, weight))
+    assert not torch.equal(y, nn.functional.linear(x, weight))
+
+
+def test_training_keeps_parameters_in_float32() -> None:
+    x = torch.rand(40, 6).round()
+    losses = []
+    for precision in ("float32", "bf16"):
+        torch.manual_seed(0)
+        pair = probae.VAE(6, 2, hidden=(5,))
+        run = probae.fit(pair, x, epochs=3, batch_size=8, precision=precision, progress=False)
+        losses.append(run.history["loss"])
+        assert {p.dtype for p in pair.parameters()} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_densities_stay_in_float32() -> None:
@@ -84,20 +105,20 @@ def test_float32_products_stay_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     a = torch.randn(300, 200)
     exact = a.double() @ a.double().T
-    with precision.float32_products(cpu):
+    with module.float32_products(cpu):
         assert ((a @ a.T) - exact).norm() < 1e-5 * exact.norm()
     assert torch.get_float32_matmul_precision() == "highest"
-    monkeypatch.setattr(precision, "_onednn_keeps_float32", lambda: False)
-    with precision.float32_products(cpu):
+    monkeypatch.setattr(module, "_onednn_keeps_float32", lambda: False)
+    with module.float32_products(cpu):
         assert torch.get_float32_matmul_precision() == "highest"
-    monkeypatch.setattr(precision, "_onednn_keeps_float32", lambda: True)
-    with precision.float32_products(cpu):
+    monkeypatch.setattr(module, "_onednn_keeps_float32", lambda: True)
+    with module.float32_products(cpu):
         assert torch.get_float32_matmul_precision() == "medium"
-    with precision.float32_products(torch.device("cuda")):
+    with module.float32_products(torch.device("cuda")):
         assert torch.get_float32_matmul_precision() == "highest"
     try:
         torch.set_float32_matmul_precision("high")
-        with precision.float32_products(cpu):
+        with module.float32_products(cpu):
             assert torch.get_float32_matmul_precision() == "high"  # the user's choice
     finally:
         torch.set_float32_matmul_precision("highest")

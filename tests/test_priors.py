@@ -289,3 +289,17 @@ def test_sparse_priors_refuse_settings_that_mean_nothing() -> None:
         SubsetPrior(2, 0)
     with pytest.raises(ValueError, match=r"num_active must be at most z_dim, 2, got 3"):
         SubsetPrior(2, 3)
+
+
+def test_learned_scales_have_floors() -> None:
+    laplace = probae.LaplacePrior(3, learn_rate=True)
+    mixture = probae.GaussianMixturePrior(3, components=2)
+    with torch.no_grad():
+        laplace.log_rate.fill_(1e4)  # where a fit may drive them: their exponentials are 0
+        mixture.log_scale.fill_(-1e4)
+    for prior in (laplace, mixture):
+        assert prior().log_prob(torch.zeros(5, 3)).isfinite().all()
+        assert prior().sample().isfinite().all()
+    assert laplace().base_dist.scale.unique().item() == pytest.approx(1e-6)
+    with pytest.raises(ValueError, match="scale_min must be a finite number > 0, got 0"):
+        probae.GaussianMixturePrior(3, scale_min=0)

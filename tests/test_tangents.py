@@ -296,3 +296,9 @@ def test_numbers_out_of_range_are_named() -> None:
     for bad in (0.0, 1.0, math.nan, "x"):
         with pytest.raises(ValueError, match=r"share must be strictly in \(0, 1\)"):
             probae.intrinsic_dimension(pair, x, share=bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pairs_of_half_precision_have_planes(dtype: torch.dtype) -> None:
+    basis = probae.tangent_basis(probae.VAE(6, 2).to(dtype), torch.rand(5, 6), 2).basis
+    assert torch.allclose(basis.mT @ basis, torch.eye(2), atol=1e-5)

@@ -809,6 +809,17 @@ def test_a_batch_with_a_fault_is_skipped_and_counted(
     assert "skipped" not in fit(build(), clean, epochs=1).history
 
 
+def test_a_fault_in_data_that_are_measured_too_ends_no_run() -> None:
+    x = torch.randn(12, X)
+    x[5] = 1e30
+    with pytest.warns(UserWarning, match="fit leaves out a batch"):
+        run = fit(probae.VAE(X, 2, likelihood="gaussian"), x, epochs=2, batch_size=4,
+                  on_fault="skip")  # fmt: skip
+    assert run.history["skipped"] == [1.0, 1.0]
+    assert all(map(math.isfinite, run.history["loss"]))
+    assert not any(map(math.isfinite, run.history["elbo"]))
+
+
 def test_the_loss_is_the_mean_over_the_data_that_were_not_skipped() -> None:
     x = with_marks(torch.zeros(20, X), 13)
     run = fit_skipping(broken_decoder(), x, lr=1e-30, batch_size=4)

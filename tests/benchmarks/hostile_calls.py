@@ -15,6 +15,7 @@ import collections
 import dataclasses
 import inspect
 import json
+import operator
 import os
 import signal
 import tempfile
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro.distributions as dist
 import torch
@@ -126,6 +128,44 @@ FEW = {"epochs": 1, "batch_size": 4, "progress": False}
 AIS = {"num_temperatures": 3, "num_leapfrogs": 1, "num_pilot": 2}
 
 
+def images(*shape: int) -> Tensor:
+    return torch.rand(*shape, 1, 4, 4)
+
+
+def of_images() -> Autoencoder:
+    return probae.VAE((1, 4, 4), 2, hidden=(4,), likelihood="continuous-bernoulli")
+
+
+def plot_calls() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return arguments for the functions of probae.plots."""
+    run = probae.fit(vae(), torch.ones(N, X), **FEW)
+    ranks = probae.simulation_based_calibration(probae.PPCA(X, Z), 50)
+    shares = probae.expected_coverage(probae.PPCA(X, Z), 50)
+    return {
+        "plots.is_image": lambda: {"x_shape": (1, 4, 4)},
+        "plots.loss_curve": lambda: {"run_or_history": run},
+        "plots.reconstructions": lambda: {"pair": of_images(), "x": images(N)},
+        "plots.samples": lambda: {"pair": of_images(), "num_samples": 4},
+        "plots.traversals": lambda: {"pair": of_images(), "num_steps": 3},
+        "plots.score_field": lambda: {
+            "pair": probae.DenoisingAutoencoder(2, 3, hidden=(4,)),
+            "x": normal(N, 2),
+            "num": 4,
+        },
+        "plots.tangent_planes": lambda: {
+            "pair": of_images(),
+            "x": images(2),
+            "num_directions": 2,
+        },
+        "plots.latent_scatter": lambda: {"pair": vae(), "x": normal(N, X)},
+        "plots.dictionary": lambda: {"pair": probae.PPCA((4, 4), 2), "num": 2},
+        "plots.code_histogram": lambda: {"pair": vae(), "x": normal(N, X), "bins": 5},
+        "plots.calibration_ranks": lambda: {"ranks": ranks},
+        "plots.coverage": lambda: {"coverage": shares},
+        "plots.likelihoods": lambda: {"entries": {"a": ll(), "b": ll()}},
+    }
+
+
 def calls(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return arguments, fresh each time, with which each public name can be called."""
     path = saved(folder)
@@ -214,7 +254,7 @@ def calls(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "DiscretizedLogistic": lambda: {"loc": torch.rand(3), "scale": torch.ones(3)},
         "SpikeAndSlab": lambda: {
             "gate": dist.Bernoulli(torch.full((3,), 0.5)).to_event(1),
-            "slab": dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1),
+            "slab": dist.Normal(torch.zeros(3), torch.ones(3)),
         },
         "CodeIndex": lambda: {"codes": codes},
         "active_units": lambda: {"pair": vae(), "x": normal(N, X)},
@@ -361,6 +401,7 @@ def calls(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "trace_shapes": lambda: {"pair": vae(), "x": normal(N, X)},
         "traverse": lambda: {"pair": vae(), "start": normal(Z), "num_steps": 3},
         "unpack_codes": lambda: {"packed": probae.pack_codes(codes), "z_dim": 3},
+        **plot_calls(),
     }
 
 
@@ -484,7 +525,8 @@ def call(name: str, arguments: dict[str, Any], hostile: list[str]) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = getattr(probae, name)(**arguments)
+            result = function(name)(**arguments)
+            plt.close("all")
         fault = None if name in PASSES_ON else broken(result)
         return "a result" if fault is None else f"NOT FINITE: {fault}"
     except Hang:
@@ -493,7 +535,9 @@ def call(name: str, arguments: dict[str, Any], hostile: list[str]) -> str:
         kind = type(error).__name__
         if not allowed(name, error):
             return f"CRASH: {kind}: {str(error)[:200]}"
-        others = parameters(name) if "pair" in hostile else []  # data that do not fit it
+        others = (
+            parameters(name) if {"pair", "pairs"} & {*hostile} else []
+        )  # data that do not fit it
         hostile = [*hostile, *others, *TOGETHER.get(name, [])]
         if out_of_memory(error):
             return "out of memory"
@@ -502,6 +546,17 @@ def call(name: str, arguments: dict[str, Any], hostile: list[str]) -> str:
         return kind
     finally:
         signal.alarm(0)
+
+
+def function(name: str) -> Callable[..., Any]:
+    """Return a public function, of probae or of probae.plots."""
+    return operator.attrgetter(name)(probae)
+
+
+def public() -> list[str]:
+    """Return the names of all that is public and can be called."""
+    plots = [f"plots.{name}" for name in probae.plots.__all__]
+    return [*(name for name in probae.__all__ if name not in NOT_CALLED), *plots]
 
 
 def names(error: BaseException, arguments: list[str]) -> bool:
@@ -519,7 +574,7 @@ def short(value: Any) -> str:
 def parameters(name: str) -> list[str]:
     """Return the names of the arguments of a public function, without *args and **options."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    found = inspect.signature(getattr(probae, name)).parameters
+    found = inspect.signature(function(name)).parameters
     return [k for k, p in found.items() if p.kind not in kinds and k not in NOT_HOSTILE]
 
 
@@ -535,8 +590,8 @@ def benchmark(
         os.chdir(folder)  # a hostile path may be one that can be written to
         try:
             table = calls(Path(folder))
-            public = [n for n in probae.__all__ if n in table and only in (None, n)]
-            places = [(n, argument) for n in public for argument in parameters(n)]
+            called = [n for n in public() if only in (None, n)]
+            places = [(n, argument) for n in called for argument in parameters(n)]
             rng.shuffle(places)
             start = time.perf_counter()
             for step in range(number):
@@ -558,7 +613,7 @@ def benchmark(
             seconds = time.perf_counter() - start
         finally:
             os.chdir(before)
-    tell(f"{number} calls of {len(public)} functions in {seconds:.0f} s: {dict(counts)}")
+    tell(f"{number} calls of {len(called)} functions in {seconds:.0f} s: {dict(counts)}")
     for key, text in sorted(faults.items()):
         tell(f"{key}\n    {text}")
     return {"number": number, "seed": seed, "counts": dict(counts), "faults": faults}
