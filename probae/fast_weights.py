@@ -9,7 +9,9 @@ Bernoulli log-likelihood; and one logarithm is taken of the product of many.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from .autoencoder import Autoencoder
 from .decoders import BernoulliDecoder
 from .encoders import GaussianEncoder
+from .graphs import compiled
 from .importance import Weigh
 from .networks import MLP
 from .priors import StandardNormalPrior
@@ -35,8 +38,17 @@ class Layer(NamedTuple):
     activate: Callable[[Tensor], Tensor]
 
 
-def fast_weights(pair: Autoencoder, proposal: nn.Module | None) -> Callable[[Tensor], Weigh] | None:
-    """Return the function that weighs draws for binary data, or None if it is not for this pair."""
+def fast_weights(
+    pair: Autoencoder, proposal: nn.Module | None, machine_code: tuple[int, ...] | None = None
+) -> Callable[[Tensor], Weigh] | None:
+    """Return the function that weighs draws for binary data, or None if it is not for this pair.
+
+    Where ``machine_code`` is (K, N), the log-likelihoods of so many samples for so many data are
+    summed by a compiled pass over the logits; other numbers take a few passes.
+
+    Raises:
+        CannotCompile: there is no compiler for that.
+    """
     encoder = pair.encoder if proposal is None else proposal
     decoder = pair.decoder
     altered = pair.corruption is not None or pair.factor is not None or pair.has_own_programs()
@@ -58,6 +70,10 @@ def fast_weights(pair: Autoencoder, proposal: nn.Module | None) -> Callable[[Ten
     ):
         return None
     *hidden, last = _layers(decoder.network)
+    log_sigmoids = None
+    if machine_code is not None:
+        shape = (*machine_code, len(last.bias))
+        log_sigmoids = _compiled_sum(shape, pair.dtype, pair.device, torch.get_num_threads())
     buffers: dict[int, Tensor] = {}
 
     def product(h: Tensor, weight: Tensor) -> Tensor:
@@ -81,6 +97,8 @@ def fast_weights(pair: Autoencoder, proposal: nn.Module | None) -> Callable[[Ten
             for layer in hidden:
                 h = layer.activate(product(h, layer.weight).add_(layer.bias))
             logits = product(h, last.weight).view(count, *sign.shape)
+            if log_sigmoids is not None and (count, len(x)) == machine_code:
+                return log_sigmoids(logits, sign, signed_bias)[0].add_(log_ratio)
             sigmoids = torch.addcmul(signed_bias, sign, logits, out=logits).sigmoid_()
             total, is_lost = log_of_product_(sigmoids)
             if is_lost is not None:
@@ -92,6 +110,31 @@ def fast_weights(pair: Autoencoder, proposal: nn.Module | None) -> Callable[[Ten
         return draw
 
     return weigh
+
+
+@cache
+def _compiled_sum(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, threads: int
+) -> Callable[..., list[Tensor]]:
+    """Return :func:`log_sigmoid_sum` of logits (K, N, D) by signs (N, D), plus biases (N, D)."""
+    logits = torch.linspace(-9, 9, math.prod(shape), dtype=dtype, device=device).view(shape)
+    sign, bias = torch.ones_like(logits[0]), torch.zeros_like(logits[0])
+    return compiled(lambda a, s, b: [log_sigmoid_sum(b + s * a)], [logits, sign, bias])
+
+
+def log_sigmoid_sum(s: Tensor) -> Tensor:
+    r"""Return the sum of log-sigmoids over the last dimension, in operations that fuse to one pass.
+
+    .. math:: \sum_d \log \sigma(s_d) = \sum_d \min(s_d, 0) + \log \prod_d \sigma(|s_d|)
+
+    Every factor is in [1/2, 1], so products of up to 64 are far from the smallest float32.
+    """
+    width = s.shape[-1]
+    lanes = 16 * -(-width // (16 * 64))  # as wide as vector registers, or a multiple
+    whole = width // lanes * lanes
+    products = s[..., :whole].abs().sigmoid().unflatten(-1, (-1, lanes)).prod(-2)
+    total = s.clamp(max=0).sum(-1) + products.log().sum(-1)
+    return total + s[..., whole:].abs().sigmoid().log().sum(-1) if whole < width else total
 
 
 def log_of_product_(factors: Tensor) -> tuple[Tensor, Tensor | None]:

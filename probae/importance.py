@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 
 from .arviz import pareto_khat, tail_size
 from .autoencoder import Autoencoder, Kind
-from .graphs import CannotCompile, compiled
+from .graphs import compiled
 from .terms import log_weights
 
-WORTH = 5000  # draws of a block of memory, a few milliseconds each, that earn a compilation back
 Weigh = Callable[[int], Tensor]  # K -> log-weights (K, N) of fresh draws, in nats
 
 
@@ -56,28 +54,16 @@ def _programs(
 
 
 def compiled_weights(
-    weigh: Callable[[Tensor], Weigh], x: Tensor, count: int, mode: bool | str, num_draws: int
+    weigh: Callable[[Tensor], Weigh], x: Tensor, count: int
 ) -> Callable[[Tensor], Weigh]:
     """Return the function with machine code for ``count`` samples at a time for data like x.
 
     It gives the same draws up to rounding; other numbers of samples and of data stay as they are.
 
     Raises:
-        CannotCompile: ``mode=True``, and it cannot be.
+        CannotCompile: the programs branch on values, there is no compiler, or draws differ.
     """
-    if mode is False or (mode == "auto" and num_draws < WORTH):
-        return weigh
-    try:
-        run = compiled(lambda x: [weigh(x)(count)], [x])
-    except CannotCompile as error:
-        if mode is True:
-            raise
-        warnings.warn(
-            f"log_likelihood draws eagerly, and so more slowly, because {error}; with "
-            "compile=False it does not try",
-            stacklevel=4,  # of who called log_likelihood
-        )
-        return weigh
+    run = compiled(lambda x: [weigh(x)(count)], [x])
 
     def compiled_weigh(other: Tensor) -> Weigh:
         if other.shape != x.shape:

@@ -26,13 +26,14 @@ from .datasets import as_tensor
 from .distributions import GreyBernoulli, has_component, is_discrete, is_flat
 from .exact import MAX_STATES, closed_form
 from .fast_weights import fast_weights
-from .graphs import require_mode
+from .graphs import CannotCompile, require_mode
 from .importance import StreamingWeights, compiled_weights, plain_weights
 from .memory import counts, rows_in_budget
 from .part import require_count, require_flag
 from .precision import float32_products
 
 KHAT_LIMIT = 0.7  # above it an importance-sampling estimate is not to be trusted
+WORTH = 5000  # draws, each a few milliseconds, that earn a compilation back
 BLOCK = 2**13  # samples of z whose weights are summed up at once
 
 
@@ -379,10 +380,10 @@ def _weighed(
     compile: bool | str,
 ) -> list[Tensor]:
     """Return values, standard errors, effective sample sizes and Pareto k of importance samples."""
-    plain, fast = plain_weights(pair, method, proposal), fast_weights(pair, proposal)
     rows = rows_in_budget(pair)
     at_once = min(len(data), max(min(64, rows), rows // num_samples))
     most = min(num_samples, max(1, rows // at_once))
+    num_draws = len(data) * num_samples // (at_once * most)
     results = []
     with (
         frozen(pair, seed),
@@ -390,8 +391,21 @@ def _weighed(
         float32_products(pair.device),
         tqdm(total=len(data), disable=not progress, unit="datum") as bar,
     ):
-        num_draws = len(data) * num_samples // (at_once * most)
-        weigh = fast or compiled_weights(plain, data[:at_once], most, compile, num_draws)
+        plain = plain_weights(pair, method, proposal)  # which refuses some pairs
+        weigh = fast_weights(pair, proposal) or plain
+        if compile is True or (compile == "auto" and num_draws >= WORTH):
+            try:
+                weigh = fast_weights(pair, proposal, (most, at_once)) or compiled_weights(
+                    plain, data[:at_once], most
+                )
+            except CannotCompile as error:
+                if compile is True:
+                    raise
+                warnings.warn(
+                    f"log_likelihood draws eagerly, and so more slowly, because {error}; with "
+                    "compile=False it does not try",
+                    stacklevel=3,
+                )
         for x in data.split(at_once):
             streaming, draw = StreamingWeights(num_samples, x), weigh(x)
             for count in counts(num_samples, BLOCK):
