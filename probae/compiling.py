@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -34,8 +32,8 @@ from .graphs import CannotCompile, machine_code, record, require_equal
 from .objectives import ELBO, PerDatumObjective
 from .precision import float32_products, products_in
 
-WATCHED = 10  # eager steps whose time is taken before compile="auto" decides
-WORTH = 30.0  # seconds that the rest of a run must take eagerly for "auto" to compile
+WORTH = 30.0  # seconds that a run has to take eagerly for "auto" to compile
+OVERHEAD, RATE = 4e-3, 1e11  # seconds of an eager step beside products, operations a second in them
 MOMENTS = ("exp_avg", "exp_avg_sq")  # in the state of torch's Adam
 
 
@@ -47,21 +45,23 @@ class Accelerator:
     not finite. Both kinds of step work on the same tensors.
 
     Args:
-        mode: True, False, or ``"auto"``: compile if, after some eager steps, the remaining ones
-            are expected to take longer than ``WORTH`` seconds.
+        mode: True, False, or ``"auto"``: compile if the run would take longer than ``WORTH``
+            seconds eagerly, by a rule of thumb: a clock would make results depend on it.
         make: makes the compiled step, once it is due.
         batch_size: number of data of the steps to compile.
-        steps: number of steps of the whole run.
+        seconds: that the whole run would take eagerly, see :func:`eager_seconds`.
     """
 
     def __init__(
-        self, mode: bool | str, make: Callable[[], CompiledStep], batch_size: int, steps: int
+        self, mode: bool | str, make: Callable[[], CompiledStep], batch_size: int, seconds: float
     ) -> None:
-        self.mode, self.make, self.batch_size, self.steps = mode, make, batch_size, steps
-        self.began: list[float] = []  # when the first steps did
+        if too_short := mode == "auto" and seconds < WORTH:
+            mode = False
+        self.mode, self.make, self.batch_size = mode, make, batch_size
+        self.took_one = False  # eagerly
         self.compiled: CompiledStep | None = None
         self.seconds = 0.0  # spent on compiling
-        self.eager_because = "compile=False" if mode is False else "the run is too short"
+        self.eager_because = "the run is too short" if too_short or mode else "compile=False"
 
     def step(self, source: Tensor) -> float | None:
         """Take a step and return its loss, summed over data, or None: it is the caller's to take.
@@ -69,8 +69,9 @@ class Accelerator:
         ``source`` holds the places of the data of the batch, or, of a Dataset, the batch.
         """
         whole = len(source) == self.batch_size
-        if self.compiled is None and self.mode is not False and self._is_due() and whole:
+        if self.compiled is None and self.mode is not False and whole and self.took_one:
             self._compile(source)
+        self.took_one = True
         if self.compiled is None:
             return None
         if whole:
@@ -79,20 +80,8 @@ class Accelerator:
         return None
 
     def watch_anew(self) -> None:
-        """Wait for whole eager steps again, as after one that was left out with its gradients."""
-        self.began = []
-
-    def _is_due(self) -> bool:
-        self.began.append(time.perf_counter())
-        if self.mode is True:
-            return len(self.began) > 1
-        if len(self.began) <= WATCHED:
-            return False
-        times = self.began[1 : WATCHED + 1]
-        each = statistics.median(b - a for a, b in itertools.pairwise(times))
-        if each * (self.steps - WATCHED) < WORTH:
-            self.mode = False
-        return self.mode is not False
+        """Wait for a whole eager step again, as after one that was left out with its gradients."""
+        self.took_one = False
 
     def _compile(self, source: Tensor) -> None:
         start = time.perf_counter()
@@ -114,6 +103,13 @@ class Accelerator:
             self.compiled, self.eager_because = compiled, ""
         finally:
             self.seconds = time.perf_counter() - start
+
+
+def eager_seconds(pair: Autoencoder, objective: Any, steps: float, batch_size: int) -> float:
+    """Guess how long eager steps take: six operations a weight and datum, and some overhead."""
+    weights = sum(p.numel() for p in pair.parameters())
+    rows = batch_size * getattr(objective, "num_particles", 1)
+    return steps * (OVERHEAD + 6 * weights * rows / RATE)
 
 
 class CompiledStep:

@@ -75,7 +75,7 @@ class Training:
     ) -> None:
         self.pair, self.objective, self.data = pair, objective, data
         self.optim, self.scheduler, self.best, self.clip_norm = optim, scheduler, best, clip_norm
-        self.compiler = Accelerator(False, self._no_compiler, 0, 0)
+        self.compiler = Accelerator(False, self._no_compiler, 0, 0.0)
         self.warmup = getattr(objective, "warmup_epochs", 0.0)
         # a Dataset may draw for its items, of which each process has others
         self.draws_itself = data.dataset is None or isinstance(data.dataset, MappedRows)

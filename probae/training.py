@@ -23,7 +23,7 @@ from . import checkpoints, distributed
 from .autoencoder import Autoencoder, Kind, local_parameters, seeded
 from .batches import MappedRows, TrainingData
 from .checks import is_grey, require_gradients, require_pair
-from .compiling import Accelerator, CompiledStep
+from .compiling import Accelerator, CompiledStep, eager_seconds
 from .files import held
 from .graphs import require_mode
 from .interrupts import Interrupts
@@ -99,7 +99,7 @@ def fit(
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     seed: int | None = 0,
     progress: bool = True,
-    compile: bool | str = False,
+    compile: bool | str = "auto",
     precision: str = "float32",
     num_workers: int = 0,
     on_fault: str = "raise",
@@ -161,11 +161,11 @@ def fit(
         seed: of initial shuffling, noise and binarisation; None draws from the global stream.
         progress: show a progress bar.
         compile: take the steps as one compiled graph (:mod:`probae.compiling`), which computes the
-            same numbers up to rounding, in about two thirds of the time once some seconds of
-            compilation are over. True: always, or raise; ``"auto"``: where the rest of the run
-            would take more than 30 seconds and the step can be compiled, else with a warning that
-            says why not. What a custom objective does in Python, beside computing the loss from
-            tensors, happens at the first steps alone.
+            same numbers up to rounding, in half the time or less once some seconds of compilation
+            are over. True: always, or raise; ``"auto"``: where the run would take more than some 30
+            seconds, no checkpoint is kept, and the step can be compiled, else with a warning that
+            says why not. What a custom objective or part does in Python, beside computing from
+            tensors, happens at the first steps alone: use False for such.
         precision: ``"float32"``, or ``"bf16"`` to let layers multiply in bfloat16, for speed on
             hardware that has it; densities, losses and parameters stay float32.
         num_workers: processes that read a Dataset or a mapped file ahead.
@@ -300,19 +300,22 @@ def fit(
             if not training.shares_noise:
                 part_streams()
             training.save()
+        because = ""
         if distributed.world_size() > 1 and compile is not False:
-            training.compiler.eager_because = "several processes take their steps together"
-            if distributed.is_main():
-                because = training.compiler.eager_because
+            because = "several processes take their steps together"
+            if compile is True and distributed.is_main():
                 warnings.warn(f"fit takes its steps eagerly, because {because}", stacklevel=2)
-        else:
-            done = (training.epoch - 1) * (steps_per_epoch or 0) + training.step
-            training.compiler = Accelerator(
-                compile,
-                lambda: CompiledStep(pair, objective, data, optim, clip_norm, precision),
-                batch_size=batch_size if data.size is None else min(batch_size, data.size),
-                steps=2**62 if steps is None else steps - done,
-            )
+        elif file is not None and compile == "auto":
+            because = "a resumed run is to end in the bits of a whole one"
+        training.compiler = Accelerator(
+            False if because else compile,
+            lambda: CompiledStep(pair, objective, data, optim, clip_norm, precision),
+            batch_size=batch_size if data.size is None else min(batch_size, data.size),
+            seconds=eager_seconds(
+                pair, objective, math.inf if steps is None else steps, batch_size
+            ),
+        )
+        training.compiler.eager_because = because or training.compiler.eager_because
         training.interrupts = stack.enter_context(
             Interrupts(distributed.is_launched(), quiet=not distributed.is_main())
         )

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -438,14 +439,34 @@ def test_auto_compiles_long_runs_only(interpreted: list, monkeypatch: pytest.Mon
         assert (run.compile_seconds, run.eager_because) == (0, "the run is too short")
         assert not interpreted
         monkeypatch.setattr(compiling, "WORTH", 0.0)
-        run = fit(
-            vae(), bits(), epochs=3, batch_size=8, compile="auto"
-        )  # nine steps: not even looked at
-        assert not interpreted
         run = fit(vae(), bits(), epochs=8, batch_size=8, compile="auto")
         assert len(interpreted) == 1
         assert run.eager_because == ""
         assert run.compile_seconds > 0
+
+
+def test_auto_goes_by_the_size_of_the_work_and_not_by_the_clock() -> None:
+    pair, seconds = vae(), partial(compiling.eager_seconds, objective=probae.ELBO())
+    assert seconds(pair, steps=10_000, batch_size=1) > compiling.WORTH
+    assert seconds(pair, steps=1000, batch_size=1) < compiling.WORTH
+    large = probae.VAE(784, 20, hidden=(1000, 1000))
+    assert seconds(large, steps=1000, batch_size=1000) > compiling.WORTH
+    few, many = (
+        compiling.eager_seconds(large, probae.IWAE(k), 10, 1000) - 10 * compiling.OVERHEAD
+        for k in (1, 5)
+    )
+    assert many == pytest.approx(5 * few)
+
+
+def test_auto_keeps_the_bits_that_a_checkpoint_promises(
+    tmp_path: Path, interpreted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "WORTH", 0.0)
+    run = fit(vae(), bits(), epochs=2, batch_size=8, compile="auto", checkpoint=tmp_path)
+    assert (len(interpreted), run.compile_seconds) == (0, 0.0)
+    assert "bits of a whole one" in run.eager_because
+    run = fit(vae(), bits(), epochs=2, batch_size=8, compile=True, checkpoint=tmp_path / "second")
+    assert (len(interpreted), run.eager_because) == (1, "")
 
 
 @pytest.mark.parametrize("compile", ["yes", None, 1, "True"])

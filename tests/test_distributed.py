@@ -271,7 +271,7 @@ def test_a_killed_worker_ends_the_run_and_leaves_a_checkpoint(tmp_path: Path) ->
     result = two_processes.kill_a_worker(tmp_path)
     assert result["exit_status"] != 0
     assert result["seconds_until_all_ended"] < 60
-    assert any("lost contact" in message for message in result["messages"]), result["messages"]
+    assert any("lost contact" in message for message in result["messages"]), result["errors"]
     assert result["resumed_status"] == 0, result["resumed_note"]
     assert result["epochs_in_all"] == result["epoch_of_the_checkpoint"] + 1
 

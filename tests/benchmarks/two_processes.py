@@ -157,7 +157,8 @@ def kill_a_worker(folder: Path, processes: int = 2, victim: int = 1) -> dict[str
     os.kill(children[victim], signal.SIGKILL)
     _, errors = worker.communicate(timeout=120)
     ended = time.monotonic() - begun
-    messages = [line for line in errors.splitlines() if line.startswith("probae")]
+    # torchrun writes to the same stream, at times to the same line
+    messages = [line for line in errors.splitlines() if "probae, process" in line]
     reached = _epoch(place)
     command = launch(1, *fit, "--epochs", str(reached + 1), "--resume", "--overwrite")
     resumed = subprocess.run(
@@ -169,6 +170,7 @@ def kill_a_worker(folder: Path, processes: int = 2, victim: int = 1) -> dict[str
         "exit_status": worker.returncode,
         "seconds_until_all_ended": ended,
         "messages": messages,
+        "errors": errors[-3000:],
         "epoch_of_the_checkpoint": reached,
         "resumed_status": resumed.returncode,
         "resumed_note": resumed.stderr.strip()[-300:],
