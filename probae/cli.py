@@ -33,6 +33,7 @@ from .datasets import (
 from .decoders import LIKELIHOODS
 from .distributions import GreyBernoulli, has_component, is_flat
 from .files import held
+from .graphs import CannotCompile
 from .interrupts import terminate
 from .likelihood import LogLikelihood
 from .networks import ACTIVATIONS
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _sigterm_as_interrupt():
             args.command(args)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, CannotCompile) as error:
         print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
@@ -257,6 +258,9 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     _option(training, "--seed", "of split, weights and training", type=_seed, default=0)
     text = "float32, or bf16: layers multiply in bfloat16"
     _option(training, "--precision", text, choices=("float32", "bf16"), default="float32")
+    text = "take the steps as one compiled graph; a resumed run then ends as a whole one up to "
+    text += "rounding"
+    _option(training, "--compile", text, "no", action="store_true")
     text = "of a NaN or infinity in a batch: raise an error, or skip the batch and count it"
     _option(training, "--on-fault", text, choices=("raise", "skip"), default="raise")
 
@@ -428,6 +432,7 @@ def _train(
         schedule=model.schedule if args.schedule is None else args.schedule,
         patience=args.patience,
         seed=args.seed,
+        compile=True if args.compile else "auto",
         progress=not args.quiet and sys.stderr.isatty(),
         precision=args.precision,
         on_fault=args.on_fault,

@@ -808,3 +808,13 @@ def test_a_point_code_is_measured_from_the_command_line(
     assert "use method='ais'" in capsys.readouterr().err
     assert cli.main(["evaluate", run, "--limit", "3", "--method", "ais", "-k", "2"]) == 0
     assert "lower bound" in capsys.readouterr().out
+
+
+def test_steps_are_compiled_on_request(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    succeed("fit", "vae", "--data", "digits", *FAST, "--compile", "--out", out)
+    assert read(out / "history.json")["loss"][1] < read(out / "history.json")["loss"][0]
+    other = tmp_path / "other"
+    error = fail("fit", "psd", "--data", "digits", *FAST, "--compile", "--out", other)
+    assert "branches on the value of a tensor" in error
+    assert not other.exists()

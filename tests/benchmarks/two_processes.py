@@ -212,7 +212,8 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['largest_difference_of_a_step']:.1e} | {row['difference_of_the_epoch']:.1e} "
             f"| {speeds[0]:.0f} | {speeds[1]:.0f} | {100 * row['efficiency']:.0f} % |"
         )
-    return "\n".join([*lines, *(json.dumps(row) for row in result["killed"])])
+    killed = [{k: v for k, v in row.items() if k != "errors"} for row in result["killed"]]
+    return "\n".join([*lines, *map(json.dumps, killed)])
 
 
 def main() -> None:
