@@ -8,7 +8,6 @@ silently; so what machine code gives is compared with what the function gave.
 from __future__ import annotations
 
 import contextlib
-import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,9 @@ from .part import RECORDING
 
 INDUCTOR = {
     "fallback_random": True,  # torch's own random stream, as in eager steps
+    # what is drawn keeps its order, of which older torch takes no care
+    "reorder_for_locality": False,
+    "reorder_for_peak_memory": False,
     "size_asserts": False,
     "alignment_asserts": False,
 }
@@ -84,8 +86,7 @@ def record(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> torch
     """Return the tensor operations of a function."""
     try:
         with _values_unseen():
-            table = {torch.ops.aten.addmm.default: _product_and_bias}
-            return make_fx(function, decomposition_table=table, tracing_mode="real")(*inputs)
+            return make_fx(function, decomposition_table=REWRITTEN, tracing_mode="real")(*inputs)
     except Exception as error:
         if "get value out of a tracing tensor" not in str(error):
             raise CannotCompile(
@@ -105,6 +106,18 @@ def _product_and_bias(
     """
     product = torch.mm(h, weight)
     return (product if alpha == 1 else alpha * product) - (-bias if beta == 1 else -beta * bias)
+
+
+def _bernoulli(probs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """Draw in place, as torch does; of the whole Inductor would make rand() < p: other numbers."""
+    drawn = torch.empty_like(probs, memory_format=torch.contiguous_format)
+    return drawn.bernoulli_(probs, generator=generator)
+
+
+REWRITTEN: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.addmm.default: _product_and_bias,
+    torch.ops.aten.bernoulli.default: _bernoulli,
+}
 
 
 def _largest(graph: torch.fx.GraphModule) -> int:
@@ -176,24 +189,17 @@ def require_equal(
 def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """Compile recorded operations for inputs of these shapes."""
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
 
     on_cpu = inputs[-1].device.type == "cpu"
     options = {**INDUCTOR, **(ONE_BLOCK if on_cpu and _largest(graph) >= LARGE else {})}
     try:
         with (
             torch._inductor.config.patch(options),
-            mock.patch.dict(os.environ),
             warnings.catch_warnings(),
         ):
             # the precision of products is the user's choice
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-            # where that is set, Inductor holds the operation below to rules for its own changes
-            os.environ.pop("CI", None)
-            decompositions = dict(select_decomp_table())
-            # as rand() < p it would draw other numbers than in eager steps
-            decompositions.pop(torch.ops.aten.bernoulli.default, None)
-            compiled: Any = compile_fx(graph, inputs, decompositions=decompositions)
+            compiled: Any = compile_fx(graph, inputs)
             return compiled
     except Exception as error:
         raise CannotCompile(

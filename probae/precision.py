@@ -30,21 +30,19 @@ class Bfloat16Products(TorchFunctionMode):
 
     Autocast leaves the outputs of layers in bfloat16, and with them the densities, whose sums over
     pixels would lose most of their digits; here all but the products themselves, forward and
-    backward, stays float32. Parameters are float32, too.
+    backward, stays float32: biases are added to what comes back. Parameters are float32, too.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in PRODUCTS or (args or [kwargs["input"]])[0].dtype is not torch.float32:
             return func(*args, **kwargs)
-        args = [_halved(value) for value in args]
-        kwargs = {name: _halved(value) for name, value in kwargs.items()}
-        return func(*args, **kwargs).float()
-
-
-def _halved(value: Any) -> Any:
-    is_float32 = isinstance(value, torch.Tensor) and value.dtype is torch.float32
-    return value.bfloat16() if is_float32 else value
+        # with the bias a library rounds once, machine code by parts twice: other ReLUs are off
+        (x, weight, *others), bias = args, kwargs.pop("bias", None)
+        if others:
+            bias, *others = others
+        product = func(x.bfloat16(), weight.bfloat16(), None, *others, **kwargs).float()
+        return product if bias is None else product + bias.reshape(-1, *[1] * (weight.dim() - 2))
 
 
 def require_precision(precision: Any, dtype: torch.dtype) -> None:

@@ -392,7 +392,7 @@ assert "torch._dynamo" not in sys.modules, "loading a pair brings no compiler in
 def test_loading_unpickles_nothing_and_stays_light(tmp_path: Path) -> None:
     probae.save(probae.VAE(9, 3), tmp_path)
     root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     subprocess.run([sys.executable, "-c", LOADER, tmp_path], check=True, env=environment)
 
 

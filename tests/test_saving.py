@@ -122,7 +122,7 @@ def test_a_new_process_reads_the_same_pairs(tmp_path: Path) -> None:
         safetensors.torch.save_file({"x": x}, folder / "inputs.safetensors")
         pairs[folder] = (pair, x)
     root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     command = [sys.executable, "-c", READER, *map(str, pairs)]
     subprocess.run(command, check=True, env=environment, cwd=root, timeout=300)
     for folder, (pair, x) in pairs.items():

@@ -101,7 +101,8 @@ def launch(processes: int, *arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Return this process's environment, for processes of one thread."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def compare(
