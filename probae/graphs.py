@@ -191,7 +191,9 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
     from torch._inductor.compile_fx import compile_fx
 
     on_cpu = inputs[-1].device.type == "cpu"
-    options = {**INDUCTOR, **(ONE_BLOCK if on_cpu and _largest(graph) >= LARGE else {})}
+    wanted = {**INDUCTOR, **(ONE_BLOCK if on_cpu and _largest(graph) >= LARGE else {})}
+    known = torch._inductor.config  # older torch does not know them all
+    options = {name: value for name, value in wanted.items() if hasattr(known, name)}
     try:
         with (
             torch._inductor.config.patch(options),
