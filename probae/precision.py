@@ -34,14 +34,15 @@ class Bfloat16Products(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in PRODUCTS or (args or [kwargs["input"]])[0].dtype is not torch.float32:
-            return func(*args, **kwargs)
+        named = dict(kwargs or {})
+        if func not in PRODUCTS:
+            return func(*args, **named)
+        named = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **named}
+        x, weight, bias = named.pop("input"), named.pop("weight"), named.pop("bias", None)
+        if x.dtype is not torch.float32:
+            return func(x, weight, bias, *args[3:], **named)
         # with the bias a library rounds once, machine code by parts twice: other ReLUs are off
-        (x, weight, *others), bias = args, kwargs.pop("bias", None)
-        if others:
-            bias, *others = others
-        product = func(x.bfloat16(), weight.bfloat16(), None, *others, **kwargs).float()
+        product = func(x.bfloat16(), weight.bfloat16(), None, *args[3:], **named).float()
         return product if bias is None else product + bias.reshape(-1, *[1] * (weight.dim() - 2))
 
 
