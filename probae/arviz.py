@@ -559,7 +559,8 @@ FEW = 1e-6  # relative efficiency at which a fifth of the weights, and not 3√K
 def _psis(log_weights: np.ndarray, r_eff: float) -> float:
     arviz = _arviz()
     if _is_old(arviz):
-        with np.errstate(over="ignore"):  # one weight far above the others
+        # one weight far above the others, or a tail of rounding errors, which is none: NaN
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             return float(arviz.psislw(log_weights, r_eff)[1])
     from arviz_stats.base import array_stats
 
