@@ -1,8 +1,7 @@
 """One SVI step as one compiled graph: what :func:`probae.fit` computes eagerly, only faster.
 
 The graph holds the gather of the batch, the objective on the real Pyro programs, the gradients and
-Adam's update. :func:`make_fx` records the tensor operations while the programs run once, so that
-Pyro's handlers are gone from then on; Inductor makes machine code of the record. What changes from
+Adam's update (:mod:`probae.graphs` tells how graphs are recorded and compiled). What changes from
 step to step (learning rate, weight of the KL, Adam's bias corrections) is a tensor that the graph
 reads. Whatever the record does not show would be a constant, silently; so each new graph is first
 compared with eager steps, on two batches and at two epochs.

@@ -201,8 +201,8 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
         ):
             # the precision of products is the user's choice
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-            compiled: Any = compile_fx(graph, inputs)
-            return compiled
+            code: Any = compile_fx(graph, inputs)
+            return code
     except Exception as error:
         raise CannotCompile(
             f"Inductor failed with {type(error).__name__}: {_first_line(error)}"

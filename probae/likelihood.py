@@ -392,7 +392,7 @@ def _weighed(
         tqdm(total=len(data), disable=not progress, unit="datum") as bar,
     ):
         plain = plain_weights(pair, method, proposal)  # which refuses some pairs
-        weigh = fast_weights(pair, proposal) or plain
+        weigh = None
         if compile is True or (compile == "auto" and num_draws >= WORTH):
             try:
                 weigh = fast_weights(pair, proposal, (most, at_once)) or compiled_weights(
@@ -406,6 +406,7 @@ def _weighed(
                     "compile=False it does not try",
                     stacklevel=3,
                 )
+        weigh = weigh or fast_weights(pair, proposal) or plain
         for x in data.split(at_once):
             streaming, draw = StreamingWeights(num_samples, x), weigh(x)
             for count in counts(num_samples, BLOCK):
