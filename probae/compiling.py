@@ -268,8 +268,8 @@ class CompiledStep:
             (beta1, beta2), lr = replaced.get("betas", group["betas"]), float(group["lr"])
             correction1, correction2 = 1 - beta1**t, math.sqrt(1 - beta2**t)
             decay = replaced.get("weight_decay", group["weight_decay"])
-            numbers += [lr, lr / correction1, correction2, 1 - beta1, 1 - beta2]
-            numbers += [group["eps"], decay]
+            numbers += [lr, lr * correction2 / correction1, 1 - beta1, 1 - beta2]
+            numbers += [group["eps"] * correction2, decay]
         return torch.tensor(numbers, dtype=torch.float64, device=self.device)
 
     def _computed(self, *inputs: Tensor) -> list[Tensor]:
@@ -290,7 +290,8 @@ class CompiledStep:
         with _swapped(self.pair, tensors), products_in(self.precision):
             loss = objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
         gradients = list(torch.autograd.grad(loss / len(batch), leaves))
-        sums = torch.stack([gradient.sum() for gradient in gradients])
+        # in two steps, as Inductor is slow at long sums
+        sums = torch.cat([gradient.sum(0).flatten() for gradient in gradients])
         finite = loss.detach().isfinite() & sums.sum().isfinite()
         loss = torch.where(finite, loss.detach(), math.nan)
         if self.clip_norm is not None:
@@ -387,14 +388,14 @@ def _adam(
     p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, numbers: Tensor, decay: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return parameter and moments after a step of Adam, or AdamW where decay is decoupled."""
-    lr, step_size, correction, rate1, rate2, eps, weight = numbers.to(p.dtype).unbind()
+    lr, step_size, rate1, rate2, eps, weight = numbers.to(p.dtype).unbind()
     if decay == "decoupled":
         p = p - lr * weight * p
     elif decay == "in the gradient":  # adding a weight of 0 would cost a pass over the parameters
         gradient = gradient + weight * p
     m = _flushed(m + rate1 * (gradient - m))
     v = _flushed(v + rate2 * (gradient.square() - v))
-    return p - step_size * m / (v.sqrt() / correction + eps), m, v
+    return p - step_size * m / (v.sqrt() + eps), m, v
 
 
 def _flushed(moment: Tensor) -> Tensor:

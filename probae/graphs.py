@@ -35,6 +35,8 @@ INDUCTOR = {
 # On a CPU one block of memory a call, where malloc would give large tensors back to the system one
 # by one; many small ones are sooner had one by one. A GPU's memory is torch's own to keep.
 ONE_BLOCK = {"memory_planning": True, "memory_pool": "combined"}
+# What calls the kernels: C++, too, as Python would take longer for it than some of them take.
+ON_CPU = {"cpp_wrapper": True}
 LARGE = 2**20  # bytes of a tensor
 
 
@@ -190,8 +192,11 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
     """Compile recorded operations for inputs of these shapes."""
     from torch._inductor.compile_fx import compile_fx
 
-    on_cpu = inputs[-1].device.type == "cpu"
-    wanted = {**INDUCTOR, **(ONE_BLOCK if on_cpu and _largest(graph) >= LARGE else {})}
+    wanted = dict(INDUCTOR)
+    if inputs[-1].device.type == "cpu":
+        wanted |= {**ON_CPU, **(ONE_BLOCK if _largest(graph) >= LARGE else {})}
+    for node in graph.graph.nodes:  # each value of a record is of a world of its own
+        node.meta.pop("val", None)
     known = torch._inductor.config  # older torch does not know them all
     options = {name: value for name, value in wanted.items() if hasattr(known, name)}
     try:
