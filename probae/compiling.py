@@ -387,7 +387,10 @@ def _with_weight(objective: Any, beta: Tensor) -> Any:
 def _adam(
     p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, numbers: Tensor, decay: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return parameter and moments after a step of Adam, or AdamW where decay is decoupled."""
+    """Return parameter and moments after a step of Adam, or AdamW where decay is decoupled.
+
+    The correction of v is in lr and eps, where it costs no division (Kingma & Ba, 2015, section 2).
+    """
     lr, step_size, rate1, rate2, eps, weight = numbers.to(p.dtype).unbind()
     if decay == "decoupled":
         p = p - lr * weight * p

@@ -261,7 +261,8 @@ def test_adam_is_torchs_and_flushes_denormals(optimizer: Any, weight: float) -> 
     m, v = torch.zeros(50), torch.zeros(50)
     for t in range(1, 6):
         twin.grad = torch.randn(50)
-        numbers = [0.01, 0.01 / (1 - 0.9**t), math.sqrt(1 - 0.999**t), 0.1, 0.001, 1e-8, weight]
+        root = math.sqrt(1 - 0.999**t)
+        numbers = [0.01, 0.01 * root / (1 - 0.9**t), 0.1, 0.001, 1e-8 * root, weight]
         p, m, v = compiling._adam(p, twin.grad, m, v, torch.tensor(numbers), decay)
         optim.step()
         torch.testing.assert_close(p, twin.detach(), rtol=1e-5, atol=1e-6)

@@ -21,6 +21,7 @@ from probae.distributions import (
     is_point,
     mean_of,
 )
+from probae.part import RECORDING
 
 FALSE_ALARM = 1e-6  # probability with which a test of a sampler may fail for a right sampler
 
@@ -74,6 +75,25 @@ def test_grey_bernoulli_is_stable_at_large_logits() -> None:
         torch.testing.assert_close(log_prob, expected, rtol=1e-6, atol=1e-4)
         (gradient,) = torch.autograd.grad(log_prob.sum(), logits)
         torch.testing.assert_close(gradient, x - torch.sigmoid(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_machine_code_computes_is_grey_bernoulli_too(dtype: torch.dtype) -> None:
+    extremes = torch.tensor([0.0, -0.0, 1e-30, -88.0, 88.0, -104.0, 104.0, -1e4, 1e4])
+    logits = torch.cat([torch.linspace(-40, 40, 1001), extremes]).to(dtype).requires_grad_()
+    x = torch.rand_like(logits)
+    # not of softplus(), which is the identity beyond 20
+    expected = -torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), logits)
+    token = RECORDING.set(True)
+    try:
+        recorded = GreyBernoulli(logits=logits).log_prob(x)
+    finally:
+        RECORDING.reset(token)
+    (gradient,) = torch.autograd.grad(recorded.sum(), logits)
+    rounding = torch.finfo(dtype).eps
+    assert ((recorded - expected).abs() <= 4 * rounding * (1 + logits.abs())).all()
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=4 * rounding)
 
 
 @pytest.mark.parametrize("bad", [-0.01, 1.01, math.nan, math.inf])

@@ -17,7 +17,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from .training_speed import OURS, RIVAL, Problem, images, probae_fit, run
+from .training_speed import FLOOR, OURS, RIVAL, Problem, images, probae_fit, run
 
 CURVES: dict[str, list[int]] = {
     "batch_size": [32, 128, 512, 2048],
@@ -93,7 +93,7 @@ def picture(rows: list[dict[str, Any]], file: Path) -> None:
     names = list(dict.fromkeys(row["curve"] for row in rows))
     figure = Figure(figsize=(3.2 * len(names), 3.2), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
-    styles = {OURS: ("o", "-"), RIVAL: ("s", "--"), "matrix products alone": ("x", ":")}
+    styles = {OURS: ("o", "-"), RIVAL: ("s", "--"), FLOOR: ("x", ":")}
     for name, ax in zip(names, panels, strict=True):
         points = [row for row in rows if row["curve"] == name]
         for who, (marker, line) in styles.items():
