@@ -29,7 +29,7 @@ from .corruptions import Corruption
 from .cuda_graphs import CannotCapture, CudaGraph
 from .graphs import CannotCompile, machine_code, record, require_equal
 from .objectives import ELBO, PerDatumObjective
-from .precision import float32_products, products_in
+from .precision import products_in
 
 WORTH = 30.0  # seconds that a run has to take eagerly for "auto" to compile
 OVERHEAD, RATE = 4e-3, 1e11  # seconds of an eager step beside products, operations a second in them
@@ -221,8 +221,7 @@ class CompiledStep:
         if self.captured is not None:
             loss, *gradients = self.captured(source, numbers)
         else:
-            with float32_products(self.device):
-                loss, *gradients = self.run(*inputs, numbers, *self.state)
+            loss, *gradients = self.run(*inputs, numbers, *self.state)
         value = float(loss)
         if not math.isfinite(value):
             self.own_steps -= 1
@@ -335,8 +334,7 @@ class CompiledStep:
             moment.zero_()
         # with these numbers the first moments become the gradients
         numbers = self._numbers(betas=(0.0, 0.0), weight_decay=0.0)
-        with float32_products(self.device):
-            loss, *gradients = self.run(*self._drawn_from(source), numbers, *state)
+        loss, *gradients = self.run(*self._drawn_from(source), numbers, *state)
         if self.adam:
             gradients = state[n + len(self.others) :][:n]
         return self._named(loss, gradients, state[n:][: len(self.others)])

@@ -31,7 +31,7 @@ from .loop import Best, Training, part_streams, set_streams, streams_of_all
 from .monitoring import bound_on, kind_of_loss
 from .objectives import ELBO, PerDatumObjective
 from .part import require_count, require_flag, require_positive
-from .precision import require_precision
+from .precision import float32_products, require_precision
 
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
 
@@ -327,6 +327,7 @@ def fit(
                 unit="step",
             )
         )
+        stack.enter_context(float32_products(pair.device))
         training.run(patience)
         best.restore()
     grey = is_grey(monitor) or (not binarize and data.is_grey())
