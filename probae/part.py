@@ -19,6 +19,8 @@ MOST = 2**31  # that is counted, and of one dimension of a tensor
 
 # whether operations are being recorded as a graph, so that no value can be looked at
 RECORDING: ContextVar[bool] = ContextVar("probae_recording", default=False)
+# laws of corrupted data that a guide made, for its model to take; None outside of objectives
+LAWS: ContextVar[dict[Any, Any] | None] = ContextVar("probae_laws", default=None)
 
 
 class Part(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from .distributions import is_discrete, is_point
+from .part import LAWS
 
 Program = Callable[..., Any]
 Site = dict[str, Any]
@@ -50,9 +51,13 @@ def trace_pair(
     num_particles: int,
 ) -> Traces:
     """Run guide and model once, particles as a plate to the left of the data plate."""
-    guide_trace = poutine.trace(_vectorized(guide, num_particles)).get_trace(*args, **kwargs)
-    replayed = poutine.replay(_vectorized(model, num_particles), trace=guide_trace)
-    model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    token = LAWS.set({})
+    try:
+        guide_trace = poutine.trace(_vectorized(guide, num_particles)).get_trace(*args, **kwargs)
+        replayed = poutine.replay(_vectorized(model, num_particles), trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    finally:
+        LAWS.reset(token)
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace)
     sites = []
@@ -231,7 +236,10 @@ def _analytic_kl(site: Site, guide_site: Site) -> Tensor | None:
     if float(site["scale"]) != float(guide_site["scale"]):  # tempered: no longer a KL
         return None
     try:
-        kl = kl_divergence(guide_site["fn"], site["fn"])
+        if guide_site["fn"] is site["fn"]:
+            kl = guide_site["value"].new_zeros(site["fn"].batch_shape)
+        else:
+            kl = kl_divergence(guide_site["fn"], site["fn"])
     except NotImplementedError:
         return None
     return scale_and_mask(_as_tensor(kl, guide_site), mask=guide_site["mask"])
