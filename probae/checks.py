@@ -48,16 +48,13 @@ class SupportCheck:
         """Check data; ``places`` are the numbers of their rows where these are a batch."""
         self.pair.check_input(x, argument)
         places = range(len(x)) if places is None else places
-        if self.binarize:
-            bad = ~((x >= 0) & (x <= 1))
-            if bad.any():
+        for chunk, row in chunks(x):
+            bad = ~((chunk >= 0) & (chunk <= 1) if self.binarize else self.support.check(chunk))
+            if bad.any() and self.binarize:
                 raise ValueError(
                     f"{argument} must lie in [0, 1] to be binarised, got "
-                    f"{_first_bad(x, bad, places)}; scale 8-bit images by 1/255"
+                    f"{_first_bad(chunk, bad, places[row:])}; scale 8-bit images by 1/255"
                 )
-            return
-        for chunk, row in chunks(x):
-            bad = ~self.support.check(chunk)
             if bad.any():
                 raise ValueError(
                     f"{argument} must lie in the support of the decoder "
