@@ -23,7 +23,7 @@ from . import checkpoints, distributed
 from .autoencoder import Autoencoder, Kind, local_parameters, seeded
 from .batches import MappedRows, TrainingData
 from .checks import is_grey, require_gradients, require_pair
-from .compiling import Accelerator, CompiledStep, eager_seconds
+from .compiling import Accelerator, CompiledStep, eager_seconds, operations
 from .files import held
 from .graphs import require_mode
 from .interrupts import Interrupts
@@ -290,6 +290,7 @@ def fit(
         training.epochs, training.batch_size = epochs, batch_size
         training.steps_per_epoch = steps_per_epoch
         training.precision, training.skips = precision, skips
+        training.operations = operations(pair, objective, batch_size)
         training.monitor, training.has_val = monitor, held_out is not None
         training.file, training.seconds_between = file, checkpoint_seconds
         training.settings = settings
