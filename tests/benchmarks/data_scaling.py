@@ -6,6 +6,8 @@ last equally long, the smaller one in ten times as many epochs. Memory is that o
 own: the peak resident set during ``fit``, less the resident set right before it, when the data were
 there.
 
+With ``binarize`` the held-out images are binarised once, which is a copy of them; nothing else is.
+
     python -m tests.benchmarks.data_scaling
 """
 

@@ -22,4 +22,6 @@ def test_the_measurement_runs_end_to_end_in_small() -> None:
 def test_ten_times_the_data_take_no_memory_but_their_own(mode: str) -> None:
     sizes = [data_scaling.Problem(num_data=size) for size in data_scaling.SIZES]
     less, more = (data_scaling.memory(problem, mode) for problem in sizes)
-    assert more["more"] - less["more"] < 0.05 * (more["data"] - less["data"])
+    added = more["data"] - less["data"]
+    copied = added / 11 if "binarised" in mode else 0.0  # held-out images, binarised once
+    assert more["more"] - less["more"] < copied + 0.05 * added
