@@ -190,6 +190,7 @@ class Autoencoder(Part, PyroModule):
 
     def _corrupted(self, x: Tensor) -> Any:
         """Return C(x_tilde|x), in an objective one object for both programs, as their KL is 0."""
+        assert self.corruption is not None
         laws = LAWS.get()
         if laws is None:
             return self.corruption(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,16 +49,13 @@ class SupportCheck:
         """Check data; ``places`` are the numbers of their rows where these are a batch."""
         self.pair.check_input(x, argument)
         places = range(len(x)) if places is None else places
-        if self.binarize:
-            bad = ~((x >= 0) & (x <= 1))
-            if bad.any():
+        for chunk, row in _blocks(x):
+            bad = ~((chunk >= 0) & (chunk <= 1) if self.binarize else self.support.check(chunk))
+            if bad.any() and self.binarize:
                 raise ValueError(
                     f"{argument} must lie in [0, 1] to be binarised, got "
-                    f"{_first_bad(x, bad, places)}; scale 8-bit images by 1/255"
+                    f"{_first_bad(chunk, bad, places[row:])}; scale 8-bit images by 1/255"
                 )
-            return
-        for chunk, row in chunks(x):
-            bad = ~self.support.check(chunk)
             if bad.any():
                 raise ValueError(
                     f"{argument} must lie in the support of the decoder "
@@ -192,9 +190,14 @@ def chunks(x: Tensor, rows: int = 8192) -> Iterator[tuple[Tensor, int]]:
         yield x[start : start + rows], start
 
 
+def _blocks(x: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Yield blocks that are small enough for what is made of them to take no memory to speak of."""
+    return chunks(x, max(1, 2**20 // max(1, math.prod(x.shape[1:]))))
+
+
 def is_grey(x: Tensor) -> bool:
     """Whether a value is neither 0 nor 1."""
-    return any(bool(((rows != 0) & (rows != 1)).any()) for rows, _ in chunks(x))
+    return any(bool(((rows != 0) & (rows != 1)).any()) for rows, _ in _blocks(x))
 
 
 def is_map_style(x: Any) -> bool:
@@ -206,7 +209,7 @@ def to_pair(pair: Autoencoder, x: Tensor, argument: str = "x") -> Tensor:
     """Return data on the device and in the dtype of a pair, finite as they were."""
     converted = x.detach().to(pair.device, pair.dtype)
     if torch.finfo(pair.dtype).max < torch.finfo(x.dtype).max:
-        for rows, first in chunks(converted):
+        for rows, first in _blocks(converted):
             bad = ~rows.isfinite()
             if bad.any():
                 row = first + int(bad.nonzero()[0, 0])

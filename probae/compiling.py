@@ -29,7 +29,7 @@ from .corruptions import Corruption
 from .cuda_graphs import CannotCapture, CudaGraph
 from .distributions import draw_bits
 from .graphs import CannotCompile, machine_code, record, require_equal
-from .objectives import ELBO, PerDatumObjective
+from .objectives import ELBO, at_the_end
 from .precision import products_in
 
 WORTH = 30.0  # seconds that a run has to take eagerly for "auto" to compile
@@ -106,10 +106,14 @@ class Accelerator:
 
 
 def eager_seconds(pair: Autoencoder, objective: Any, steps: float, batch_size: int) -> float:
-    """Guess how long eager steps take: six operations a weight and datum, and some overhead."""
+    """Guess how long eager steps take: their products, and some overhead."""
+    return steps * (OVERHEAD + operations(pair, objective, batch_size) / RATE)
+
+
+def operations(pair: Autoencoder, objective: Any, batch_size: int) -> int:
+    """Guess how many operations the products of a step take: six a weight and datum."""
     weights = sum(p.numel() for p in pair.parameters())
-    rows = batch_size * getattr(objective, "num_particles", 1)
-    return steps * (OVERHEAD + 6 * weights * rows / RATE)
+    return 6 * weights * batch_size * getattr(objective, "num_particles", 1)
 
 
 class CompiledStep:
@@ -179,7 +183,7 @@ class CompiledStep:
                 set_random_state(noise, self.device)
                 self._require_equal(self._compiled(source), first)
                 set_random_state(noise, self.device)
-                with _at_the_end(self.objective):
+                with at_the_end(self.objective):
                     for shift in range(1, 10):  # to a batch without a fault, too
                         gathers = self._gathers
                         another = (source + shift) % len(self.data) if gathers else source.flip(0)
@@ -432,16 +436,3 @@ def _decay(optim: torch.optim.Optimizer, group: int) -> str:
         return "none"
     default = isinstance(optim, torch.optim.AdamW)
     return "decoupled" if settings.get("decoupled_weight_decay", default) else "in the gradient"
-
-
-@contextlib.contextmanager
-def _at_the_end(objective: Any) -> Iterator[None]:
-    """Set the schedules of an objective to the end of training."""
-    if not isinstance(objective, PerDatumObjective):
-        yield
-        return
-    epoch, objective.epoch = objective.epoch, math.inf
-    try:
-        yield
-    finally:
-        objective.epoch = epoch

@@ -240,13 +240,19 @@ def as_tensor(x: Any, argument: str = "x") -> Tensor:
             f"{argument} must have shape (N, ...) with N >= 1 and no empty dimension, got shape "
             f"{tuple(x.shape)}; check how it was loaded or sliced"
         )
-    rows = max(1, 2**22 // x[0].numel())  # at a time: a mask of all would be a quarter of x
-    bad = [(~torch.isfinite(part)).flatten(1).sum(1) for part in x.unsqueeze(-1).split(rows)]
-    count = torch.cat(bad)
-    if count.any():
-        first = int(count.nonzero()[0])
+    rows = max(1, 2**20 // x[0].numel())  # at a time: a mask of all would be a quarter of x
+    count, first = 0, None
+    # numbers are kept, and no tensors: these lay in the gaps that the masks leave, and the next
+    # masks, for which the gaps were too small then, would take new memory
+    for i, part in enumerate(x.unsqueeze(-1).split(rows)):
+        bad = ~torch.isfinite(part)
+        number = int(bad.sum())
+        if number > 0 and first is None:
+            first = i * rows + int(bad.flatten(1).any(1).nonzero()[0])
+        count += number
+    if first is not None:
         raise ValueError(
-            f"{argument} must be finite, got {int(count.sum())} NaN or infinite values, the first "
+            f"{argument} must be finite, got {count} NaN or infinite values, the first "
             f"in row {first} ({argument}[{first}]); remove or impute them"
         )
     return x

@@ -193,7 +193,7 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
     """Compile recorded operations for inputs of these shapes."""
     from torch._inductor.compile_fx import compile_fx
 
-    wanted = dict(INDUCTOR)
+    wanted: dict[str, Any] = dict(INDUCTOR)
     if inputs[-1].device.type == "cpu":
         wanted |= {**ON_CPU, **(ONE_BLOCK if _largest(graph) >= LARGE else {})}
     for node in graph.graph.nodes:  # each value of a record is of a world of its own

@@ -26,7 +26,6 @@ from .monitoring import (
     broken_parameter,
     find_fault,
     measure,
-    objective_loss,
 )
 from .objectives import PerDatumObjective
 from .precision import products_in
@@ -253,9 +252,9 @@ class Training:
         """Let the optimizer make its step, if the gradients are finite."""
         owners = [p for g in self.optim.param_groups for p in g["params"] if p.grad is not None]
         gradients = [p.grad for p in owners if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        # a norm may overflow where no gradient does
-        if not math.isfinite(norm) and not all(g.isfinite().all() for g in gradients):
+        # a sum, as it is the cheapest look at all numbers; it may overflow where no gradient does
+        total = torch.stack([g.sum() for g in gradients]).sum() if gradients else 0.0
+        if not math.isfinite(total) and not all(g.isfinite().all() for g in gradients):
             broken = {id(p) for p in owners if p.grad is not None and not p.grad.isfinite().all()}
             names = [name for name, p in self.pair.named_parameters() if id(p) in broken]
 
@@ -266,7 +265,7 @@ class Training:
 
             raise _Fault("a gradient became NaN or infinite", find)
         if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(owners, self.clip_norm, norm)
+            nn.utils.clip_grad_norm_(owners, self.clip_norm)
         self.optim.step()
 
     def common_step(
@@ -369,14 +368,12 @@ class Training:
         row = {
             "epoch": self.epoch,
             "loss": self.loss / self.seen,
-            **measure(self.pair, self.monitor),
+            **measure(self.pair, self.monitor, self.objective if self.has_val else None),
             "beta": getattr(self.objective, "beta", 1.0),
             "lr": float(self.optim.param_groups[0]["lr"]),
             "skipped": self.skipped_now,
             "seconds": self.seconds(),
         }
-        if self.has_val:
-            row["val_loss"] = objective_loss(self.pair, self.objective, self.monitor)
         # training data may hold what is left out, which is then measured, too
         for name in () if self.skips and not self.has_val else ("elbo", "val_loss"):
             if not math.isfinite(row.get(name, 0.0)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +19,9 @@ from .datasets import as_tensor
 from .decoders import CorruptedDecoder
 from .distributed import shared_blocks
 from .distributions import GreyBernoulli, base_distribution, has_component, mean_of
-from .objectives import ELBO, IWAE, PerDatumObjective
+from .objectives import ELBO, IWAE, at_the_end
 from .part import require_positive
+from .precision import float32_products
 from .terms import elbo_terms
 
 
@@ -48,18 +48,39 @@ def active_units(pair: Autoencoder, x: Tensor, threshold: float = 0.01) -> int:
         return _active_units(pair, data, require_positive(threshold, "threshold"))
 
 
-def measure(pair: Autoencoder, x: Tensor, rows: int = 1000) -> dict[str, float]:
-    """Mean ELBO, reconstruction and KL in nats per datum, with the same noise at each call."""
+def measure(
+    pair: Autoencoder, x: Tensor, objective: pyro.infer.ELBO | None = None, rows: int = 1000
+) -> dict[str, float]:
+    """Mean ELBO, reconstruction and KL in nats per datum, with the same noise at each call.
+
+    With an objective also ``val_loss``, its mean at its final KL weight. Where it is made of the
+    same terms, it costs no second pass over the data.
+    """
+    shares = _is_of_the_same_terms(objective)
 
     def totals(chunk: Tensor) -> list[float]:
         terms = elbo_terms(pair.model, pair.guide, chunk)
-        return [float(terms.log_likelihood.sum()), float(terms.kl.sum())]
+        sums = [float(terms.log_likelihood.sum()), float(terms.kl.sum())]
+        if shares:
+            assert isinstance(objective, ELBO)
+            per_datum, shared = objective.loss_of(terms)
+            sums.append(float(per_datum.sum() + shared))
+        return sums
 
-    reconstruction, kl = _means(pair, x, rows, totals)
-    with frozen(pair, seed=0):
+    with at_the_end(objective):
+        reconstruction, kl, *loss = _means(pair, x, rows, totals)
+    with frozen(pair, seed=0), float32_products(pair.device):
         active = _active_units(pair, x[:1000], 0.01)
     elbo = reconstruction - kl
-    return {"reconstruction": reconstruction, "kl": kl, "elbo": elbo, "active_units": active}
+    row = {"reconstruction": reconstruction, "kl": kl, "elbo": elbo, "active_units": active}
+    if objective is not None:
+        row["val_loss"] = loss[0] if loss else objective_loss(pair, objective, x)
+    return row
+
+
+def _is_of_the_same_terms(objective: Any) -> bool:
+    """Whether an objective is what `measure` looks at, but for the weight of the KL."""
+    return type(objective) is ELBO and objective.num_particles == 1 and objective.analytic_kl
 
 
 def _means(
@@ -72,7 +93,7 @@ def _means(
     parts = x.split(rows)
 
     def block(i: int) -> list[Tensor]:
-        with frozen(pair, seed=i):
+        with frozen(pair, seed=i), float32_products(pair.device):
             return [torch.tensor([totals(parts[i])], dtype=torch.float64)]
 
     (table,) = shared_blocks(len(parts), block)  # (chunks, columns)
@@ -86,17 +107,13 @@ def _active_units(pair: Autoencoder, x: Tensor, threshold: float) -> int:
 
 def objective_loss(pair: Autoencoder, objective: pyro.infer.ELBO, x: Tensor) -> float:
     """Mean of the objective on held-out data at its final KL weight, same noise at each call."""
-    epoch = getattr(objective, "epoch", None)
     rows = max(50, 1000 // objective.num_particles)
-    if isinstance(objective, PerDatumObjective):
-        objective.epoch = math.inf
 
     def totals(chunk: Tensor) -> list[float]:
         return [float(objective.differentiable_loss(pair.model, pair.guide, chunk))]
 
-    (mean,) = _means(pair, x, rows, totals)
-    if isinstance(objective, PerDatumObjective) and epoch is not None:
-        objective.epoch = epoch
+    with at_the_end(objective):
+        (mean,) = _means(pair, x, rows, totals)
     return mean
 
 

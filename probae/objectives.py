@@ -6,8 +6,9 @@ All are :class:`pyro.infer.ELBO` objects: pass them to :class:`pyro.infer.SVI` o
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .distributions import is_point
 from .part import as_number, require_count, require_flag
-from .terms import Program, Site, elbo_terms, log_prob_of, sum_terms, trace_pair
+from .terms import Program, Site, Terms, elbo_terms, log_prob_of, sum_terms, trace_pair
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,19 @@ class PerDatumObjective(pyro.infer.ELBO):
         return loss.item()
 
 
+@contextlib.contextmanager
+def at_the_end(objective: Any) -> Iterator[None]:
+    """Set the schedules of an objective to the end of training."""
+    if not isinstance(objective, PerDatumObjective):
+        yield
+        return
+    epoch, objective.epoch = objective.epoch, math.inf
+    try:
+        yield
+    finally:
+        objective.epoch = epoch
+
+
 class ELBO(PerDatumObjective):
     r"""Evidence lower bound with the KL in closed form where torch or Pyro registers one.
 
@@ -169,6 +183,10 @@ class ELBO(PerDatumObjective):
             **kwargs,
         )
         self.kl_method = terms.kl_method
+        return self.loss_of(terms)
+
+    def loss_of(self, terms: Terms) -> tuple[Tensor, Tensor]:
+        """Return -L of each datum, (N,), and minus the observed terms that all share."""
         elbo = terms.log_likelihood - self.beta * terms.kl  # (K, N)
         elbo = _with_score_gradient(elbo, terms.score)
         return -elbo.mean(0), self.beta * terms.shared_kl - terms.shared

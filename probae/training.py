@@ -23,7 +23,7 @@ from . import checkpoints, distributed
 from .autoencoder import Autoencoder, Kind, local_parameters, seeded
 from .batches import MappedRows, TrainingData
 from .checks import is_grey, require_gradients, require_pair
-from .compiling import Accelerator, CompiledStep, eager_seconds
+from .compiling import Accelerator, CompiledStep, eager_seconds, operations
 from .files import held
 from .graphs import require_mode
 from .interrupts import Interrupts
@@ -34,6 +34,7 @@ from .part import require_count, require_flag, require_positive
 from .precision import float32_products, require_precision
 
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
+LARGE = 2e8  # operations of a step's products from which on oneDNN is faster than torch's default
 
 
 class Run(NamedTuple):
@@ -327,7 +328,8 @@ def fit(
                 unit="step",
             )
         )
-        stack.enter_context(float32_products(pair.device))
+        if operations(pair, objective, batch_size) > LARGE:
+            stack.enter_context(float32_products(pair.device))
         training.run(patience)
         best.restore()
     grey = is_grey(monitor) or (not binarize and data.is_grey())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import probae
-from probae import Autoencoder, LinearWarmup
+from probae import Autoencoder, LinearWarmup, loop, monitoring, precision
 
 X, Z = 8, 2
 fit = partial(probae.fit, progress=False)
@@ -935,13 +935,62 @@ def test_a_dataset_that_gives_nan_now_and_then(num_workers: int) -> None:
     assert all(math.isfinite(v) for column in run.history.values() for v in column)
 
 
-def test_finite_gradients_whose_norm_overflows_are_no_fault() -> None:
+def test_finite_gradients_whose_sum_overflows_are_no_fault() -> None:
     def decoder(z: Tensor, p: Tensor) -> Any:
-        return normal((z * 0 + p * 1e15).repeat_interleave(X // Z, -1), 1.0)
+        return normal((z * 0 + p * 1e20).repeat_interleave(X // Z, -1))
 
     pair = assemble(decoder=decoder)
-    with torch.no_grad():
-        pair.decoder.parameter.fill_(1e-10)
+    pair.decoder.parameter = nn.Parameter(torch.full((Z,), 5e-3))
     optimizer = partial(torch.optim.SGD, momentum=0.0)
-    run = fit(pair, torch.zeros(4, X), epochs=1, lr=1e-35, optimizer=optimizer)
+    run = fit(pair, torch.zeros(4, X), epochs=1, lr=1e-42, optimizer=optimizer)
     assert run.history["loss"][0] > 1e9
+    gradient = pair.decoder.parameter.grad
+    assert gradient.isfinite().all()
+    assert gradient.sum().isinf()
+
+
+def test_infinite_gradients_that_cancel_in_their_sum_are_a_fault() -> None:
+    signs = torch.tensor([math.inf, -math.inf])
+
+    def decoder(z: Tensor, p: Tensor) -> Any:
+        if p.requires_grad and torch.is_grad_enabled():
+            p.register_hook(lambda _: signs)
+        return normal((z + p).repeat_interleave(X // Z, -1))
+
+    pair = assemble(decoder=decoder)
+    pair.decoder.parameter = nn.Parameter(torch.zeros(Z))
+    with pytest.raises(FloatingPointError, match=r"gradient of parameter decoder.parameter"):
+        fit(pair, torch.zeros(4, X), epochs=1)
+
+
+@pytest.mark.parametrize("objective", [probae.ELBO(), probae.ELBO(beta=LinearWarmup(4, end=2.0))])
+def test_val_loss_is_that_of_a_pass_of_its_own(objective: probae.ELBO) -> None:
+    class Other(probae.ELBO):  # for all that fit knows, of other terms
+        pass
+
+    pair, x = vae(), bits(1200)
+    other = Other(beta=objective.schedule or objective.beta)
+    row = monitoring.measure(pair, x, objective)
+    assert row == monitoring.measure(pair, x, other)
+    assert row["val_loss"] == monitoring.objective_loss(pair, objective, x)
+    assert "val_loss" not in monitoring.measure(pair, x)
+
+
+def test_large_steps_multiply_as_fast_as_float32_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_onednn_keeps_float32", lambda: True)
+    seen = []
+
+    class Looks(probae.ELBO):
+        def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+            loss = super().differentiable_loss(model, guide, *args, **kwargs)
+            if loss.requires_grad:
+                seen.append(torch.get_float32_matmul_precision())
+                loss.register_hook(lambda _: seen.append(torch.get_float32_matmul_precision()))
+            return loss
+
+    for limit, expected in ((loop.LARGE, "highest"), (0, "medium")):
+        monkeypatch.setattr(loop, "LARGE", limit)
+        seen.clear()
+        fit(vae(), bits(), epochs=1, batch_size=20, objective=Looks())
+        assert seen == [expected] * 2
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -26,7 +26,13 @@ import probae
 WARMUP = 10  # epochs over which the weight of the VAE's KL rises to 1
 
 
-def train(objective: probae.ELBO | probae.IWAE, x: torch.Tensor, epochs: int, seed: int) -> Any:
+def train(
+    objective: probae.ELBO | probae.IWAE,
+    x: torch.Tensor,
+    epochs: int,
+    seed: int,
+    precision: str = "float32",
+) -> Any:
     """Return a trained pair and the run."""
     torch.manual_seed(seed)
     pair = probae.VAE((1, 28, 28), 50, hidden=(200, 200), activation="tanh")
@@ -41,6 +47,7 @@ def train(objective: probae.ELBO | probae.IWAE, x: torch.Tensor, epochs: int, se
         objective=objective,
         binarize=True,
         seed=seed,
+        precision=precision,
         progress=sys.stderr.isatty(),
     )
     return pair, run
