@@ -33,8 +33,9 @@ INDUCTOR = {
     "alignment_asserts": False,
 }
 # On a CPU one block of memory a call, where malloc would give large tensors back to the system one
-# by one; many small ones are sooner had one by one. A GPU's memory is torch's own to keep.
-ONE_BLOCK = {"memory_planning": True, "memory_pool": "combined"}
+# by one; many small ones are sooner had one by one. A GPU's memory is torch's own to keep. Results
+# are no part of the block, which they would keep alive, so that the next call had to have another.
+ONE_BLOCK = {"memory_planning": True, "memory_pool": "intermediates"}
 # What calls the kernels: C++, too, as Python would take longer for it than some of them take.
 ON_CPU = {"cpp_wrapper": True}
 LARGE = 2**20  # bytes of a tensor
@@ -201,7 +202,7 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
     """Compile recorded operations for inputs of these shapes."""
     from torch._inductor.compile_fx import compile_fx
 
-    wanted = dict(INDUCTOR)
+    wanted: dict[str, Any] = dict(INDUCTOR)
     if inputs[-1].device.type == "cpu":
         wanted |= {**ON_CPU, **(ONE_BLOCK if _largest(graph) >= LARGE else {})}
     for node in graph.graph.nodes:  # each value of a record is of a world of its own
