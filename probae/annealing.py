@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,12 +16,18 @@ from .autoencoder import Autoencoder, frozen
 from .checks import require_density, require_gradients, require_parts
 from .corruptions import encoder_input
 from .distributions import has_component, is_discrete, is_flat, is_point, to_support
+from .graphs import CannotCompile, compiled, require_mode
 from .memory import rows_in_budget
 from .part import as_number, require_count, require_flag
+from .precision import float32_products
 from .sampling import sample
 from .sparse import SpikeAndSlab
 
 Densities = Callable[[Tensor], tuple[Tensor, Tensor]]  # u -> log of start and of end, both (C, N)
+Leap = Callable[..., list[Tensor]]  # what _leap returns
+
+PILOT_MOVES = 4  # at each temperature of the pilot run
+WORTH = 5000  # leapfrog steps, each of about a millisecond, that earn a compilation back
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,40 @@ class Annealing:
         return (logistic - logistic[0]) / (logistic[-1] - logistic[0])
 
 
+class Compiler:
+    """Makes machine code of leapfrog steps, where it is wanted and can be made.
+
+    Args:
+        mode: True, False, or ``"auto"``: where at least ``WORTH`` steps are expected.
+    """
+
+    def __init__(self, mode: bool | str) -> None:
+        self.mode = mode
+        self.known: dict[Any, Callable[..., Any]] = {}  # serves all chunks of one shape
+
+    def expect(self, num_steps: int) -> None:
+        """Give up ``"auto"`` where so few steps are to be taken: never by a clock."""
+        if self.mode == "auto" and num_steps < WORTH:
+            self.mode = False
+
+    def __call__(self, leap: Leap, inputs: list[Tensor]) -> Leap:
+        """Return the step as machine code for inputs of these shapes, or as it is."""
+        if self.mode is False:
+            return leap
+        try:
+            return compiled(leap, inputs, self.known)
+        except CannotCompile as error:
+            if self.mode is True:
+                raise
+            self.mode = False
+            warnings.warn(
+                f"chains are annealed eagerly, and so more slowly, because {error}; with "
+                "compile=False it is not tried",
+                stacklevel=5,  # of who called log_likelihood or bdmc
+            )
+            return leap
+
+
 class Weights(NamedTuple):
     """Log-weights of annealed chains, in nats, and how often moves were accepted.
 
@@ -102,6 +143,7 @@ def anneal(
     proposal: nn.Module | None = None,
     end: Tensor | None = None,
     tick: Callable[[int], Any] = lambda steps: None,
+    compiler: Compiler | None = None,
 ) -> Weights:
     r"""Anneal chains for each datum; run it inside :func:`frozen`.
 
@@ -121,6 +163,7 @@ def anneal(
         end: z (N, *z_shape) drawn from the posterior given x; then the path is run backwards from
             it, and -log w is returned, whose expectation is at least log p(x).
         tick: called after every temperature with the number of data it was done for.
+        compiler: makes machine code of leapfrog steps.
     """
     prior = pair.prior()
     start = _start(pair, x, annealing, proposal)
@@ -140,10 +183,14 @@ def anneal(
         return start.log_prob(z).expand(log_joint.shape) + volume, log_joint + volume
 
     def fresh() -> Tensor:
-        return draw(num_chains) / unit
+        return (draw(num_chains) / unit).contiguous()  # as machine code expects it
 
-    pilot = annealing.betas(annealing.num_pilot)
-    step_sizes = _tuned(densities, fresh(), pilot, annealing)  # (P, N)
+    pilot, u = annealing.betas(annealing.num_pilot), fresh()
+    leap = _leap(densities)
+    if compiler is not None:
+        size, beta = u.new_full((len(x),), 0.1), u.new_full((), 0.3, dtype=torch.float64)
+        leap = compiler(leap, [u, -u, size, 2 * size, beta])
+    step_sizes = _tuned(leap, u, pilot, annealing)  # (P, N)
     betas, u = annealing.betas(), fresh()
     if end is not None:
         u = (to_z.inv(end.expand(num_chains, *end.shape)) / unit).contiguous()
@@ -154,7 +201,7 @@ def anneal(
     for before, beta in zip(betas[:-1].tolist(), betas[1:].tolist(), strict=True):
         total = total + (beta - before) * (log_end - log_start).double()
         size = _interpolate(step_sizes, pilot[1:], beta)
-        u, log_start, log_end, rate = _move(densities, u, beta, size, annealing.num_leapfrogs)
+        u, log_start, log_end, rate = _move(leap, u, beta, size, annealing.num_leapfrogs)
         accepted = accepted + rate.mean(0)
         tick(len(x))
     return Weights(total if end is None else -total, accepted / (len(betas) - 1))
@@ -176,21 +223,29 @@ def anneal_in_chunks(
     proposal: nn.Module | None,
     seed: int | None,
     progress: bool,
+    compiler: Compiler,
     end: Tensor | None = None,
 ) -> Weights:
-    """Anneal chunks of the data that fit in memory, one after the other; see :func:`anneal`."""
-    rows = max(1, rows_in_budget(pair) // num_chains)
+    """Anneal chunks of the data that fit in memory, one after the other; see :func:`anneal`.
+
+    A last chunk that is smaller than the others is annealed eagerly.
+    """
+    rows = min(len(x), max(1, rows_in_budget(pair) // num_chains))
+    moves = PILOT_MOVES * annealing.num_pilot + annealing.num_temperatures
+    compiler.expect(len(x) // rows * moves * (annealing.num_leapfrogs + 1))
     total = len(x) * annealing.num_temperatures
     parts = []
     with (
         frozen(pair, seed),
         frozen(nn.Module() if proposal is None else proposal, None),
+        float32_products(pair.device),
         tqdm(total=total, disable=not progress, unit="temperature", unit_scale=True) as bar,
     ):
         for first in range(0, len(x), rows):
             chunk = slice(first, first + rows)
             ends = None if end is None else end[chunk]
-            part = anneal(pair, x[chunk], num_chains, annealing, proposal, ends, bar.update)
+            whole = compiler if len(x[chunk]) == rows else None
+            part = anneal(pair, x[chunk], num_chains, annealing, proposal, ends, bar.update, whole)
             parts.append(part)
     return Weights(
         torch.cat([part.log_weights for part in parts], 1),
@@ -229,37 +284,49 @@ def _start(pair: Autoencoder, x: Tensor, annealing: Annealing, proposal: nn.Modu
     return start
 
 
-def _move(
-    densities: Densities, u: Tensor, beta: float, step_size: Tensor, num_leapfrogs: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Move chains by Hamiltonian dynamics that leave f_β invariant; step_size has shape (N,).
+def _leap(densities: Densities) -> Leap:
+    """Return one leapfrog step: it moves u, and pushes the momentum by the gradient of log f_β.
 
-    Returns the new u, the log-densities of start and end there, and the acceptance rates (C, N).
+    All that differs from step to step is a tensor, so that machine code serves every β.
     """
-    size = step_size.reshape(1, -1, *[1] * (u.dim() - 2))
 
-    def evaluate(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def leap(
+        u: Tensor, momentum: Tensor, drift: Tensor, kick: Tensor, beta: Tensor
+    ) -> list[Tensor]:
+        each = (1, -1, *[1] * (u.dim() - 2))  # drift and kick have shape (N,)
+        u = u + drift.reshape(each) * momentum
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             log_start, log_end = densities(u)
             target = (1 - beta) * log_start + beta * log_end
             (gradient,) = torch.autograd.grad(target.sum(), u)
-        return log_start.detach(), log_end.detach(), gradient
+        pushed = momentum + kick.reshape(each) * gradient
+        return [u.detach(), pushed, log_start.detach(), log_end.detach()]
+
+    return leap
+
+
+def _move(
+    leap: Leap, u: Tensor, beta: float, step_size: Tensor, num_leapfrogs: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Move chains by Hamiltonian dynamics that leave f_β invariant; step_size has shape (N,).
+
+    Returns the new u, the log-densities of start and end there, and the acceptance rates (C, N).
+    """
+    at = torch.tensor(beta, dtype=torch.float64, device=u.device)
+    half, none = 0.5 * step_size, torch.zeros_like(step_size)
 
     def energy(log_start: Tensor, log_end: Tensor, momentum: Tensor) -> Tensor:
         kinetic = 0.5 * momentum.square().reshape(*u.shape[:2], -1).sum(2)
         return kinetic - (1 - beta) * log_start - beta * log_end
 
     momentum = torch.randn_like(u)
-    old_start, old_end, gradient = evaluate(u)
+    new, pushed, old_start, old_end = leap(u, momentum, none, half, at)
     before = energy(old_start, old_end, momentum)
-    new, new_momentum = u, momentum + 0.5 * size * gradient
     for step in range(num_leapfrogs):
-        new = new + size * new_momentum
-        log_start, log_end, gradient = evaluate(new)
-        half = 0.5 if step == num_leapfrogs - 1 else 1.0
-        new_momentum = new_momentum + half * size * gradient
-    log_ratio = before - energy(log_start, log_end, new_momentum)
+        kick = half if step == num_leapfrogs - 1 else step_size
+        new, pushed, log_start, log_end = leap(new, pushed, step_size, kick, at)
+    log_ratio = before - energy(log_start, log_end, pushed)
     log_ratio = torch.where(log_ratio.isnan(), -math.inf, log_ratio)  # a trajectory that diverged
     rate = log_ratio.clamp(max=0).exp()  # (C, N)
     take = torch.rand_like(rate) < rate
@@ -272,13 +339,13 @@ def _move(
     )
 
 
-def _tuned(densities: Densities, u: Tensor, betas: Tensor, annealing: Annealing) -> Tensor:
+def _tuned(leap: Leap, u: Tensor, betas: Tensor, annealing: Annealing) -> Tensor:
     """Return the step size of each datum at each β after the first, (T, N), by a pilot run."""
     log_size = u.new_full((u.shape[1],), math.log(0.1))
     sizes = []
     for beta in betas[1:].tolist():
-        for _ in range(4):
-            u, _, _, rate = _move(densities, u, beta, log_size.exp(), annealing.num_leapfrogs)
+        for _ in range(PILOT_MOVES):
+            u, _, _, rate = _move(leap, u, beta, log_size.exp(), annealing.num_leapfrogs)
             gain = rate.mean(0) - annealing.target_acceptance  # (N,)
             log_size = log_size + gain
         sizes.append(log_size)
@@ -336,6 +403,7 @@ def bdmc(
     proposal: nn.Module | None = None,
     seed: int | None = 0,
     progress: bool = False,
+    compile: bool | str = "auto",
 ) -> Sandwich:
     r"""Bidirectional Monte Carlo: bounds from both sides on data simulated from the model.
 
@@ -355,12 +423,14 @@ def bdmc(
         proposal: an encoder to anneal from; see :func:`probae.log_likelihood`.
         seed: of data and chains; None draws from the global stream.
         progress: show a progress bar for each direction.
+        compile: let machine code move the chains; see :func:`probae.log_likelihood`.
 
     Returns:
         Sandwich: bounds per datum in nats, the gap and its standard error, and the data.
 
     Raises:
         ValueError: a count out of range, a flat or discrete prior, an encoder that does not fit.
+        CannotCompile: ``compile=True``, and the moves cannot be compiled; the message says why.
 
     Reference:
         Grosse, Ghahramani & Adams, Sandwiching the marginal likelihood using bidirectional Monte
@@ -377,12 +447,14 @@ def bdmc(
     require_count(num_data, "num_data", least=2)
     require_count(num_chains, "num_chains")
     require_flag(progress, "progress")
+    require_mode(compile)
     require_gradients("bdmc")
     annealing = Annealing() if annealing is None else require_annealing(annealing)
     x, z = sample(pair, num_data, seed=seed)
     if proposal is not None:
         require_density(pair, proposal, x[:2], "proposal")
-    chains = (num_chains, annealing, proposal, None if seed is None else seed + 1, progress)
+    seed = None if seed is None else seed + 1
+    chains = (num_chains, annealing, proposal, seed, progress, Compiler(compile))
     forward = anneal_in_chunks(pair, x, *chains)
     backward = anneal_in_chunks(pair, x, *chains, end=z)
     count = math.log(num_chains)

@@ -34,8 +34,9 @@ INDUCTOR = {
     "alignment_asserts": False,
 }
 # On a CPU one block of memory a call, where malloc would give large tensors back to the system one
-# by one; many small ones are sooner had one by one. A GPU's memory is torch's own to keep.
-ONE_BLOCK = {"memory_planning": True, "memory_pool": "combined"}
+# by one; many small ones are sooner had one by one. A GPU's memory is torch's own to keep. Results
+# are no part of the block, which they would keep alive, so that the next call had to have another.
+ONE_BLOCK = {"memory_planning": True, "memory_pool": "intermediates"}
 # What calls the kernels: C++, too, as Python would take longer for it than some of them take.
 ON_CPU = {"cpp_wrapper": True}
 LARGE = 2**20  # bytes of a tensor
@@ -130,12 +131,16 @@ def _largest(graph: torch.fx.GraphModule) -> int:
 
 
 def compiled(
-    function: Callable[..., list[Tensor]], inputs: list[Tensor]
+    function: Callable[..., list[Tensor]],
+    inputs: list[Tensor],
+    known: dict[Any, Callable[..., Any]] | None = None,
 ) -> Callable[..., list[Tensor]]:
-    """Return a function of tensors as machine code for inputs of these shapes.
+    """Return a function of tensors as machine code for inputs of these shapes and strides.
 
+    The inputs are distinct tensors: a record could not tell one from itself in another place.
     Tensors that it uses beside its inputs are those of now. Call it under
-    :func:`probae.precision.float32_products`, or not, as the result.
+    :func:`probae.precision.float32_products`, or not, as the result. Machine code goes into
+    ``known``, and comes from there for a function of the same operations on other tensors.
 
     Raises:
         CannotCompile: it branches on values, there is no compiler, or results differ.
@@ -146,7 +151,12 @@ def compiled(
         set_random_state(noise, device)
         graph = record(function, inputs)
         constants = _lifted(graph)
-        run = machine_code(graph, [*inputs, *constants])
+        known = {} if known is None else known
+        layouts = [(t.shape, t.stride(), t.dtype, t.device) for t in (*inputs, *constants)]
+        key = (graph.code, *layouts)
+        if key not in known:
+            known[key] = machine_code(graph, [*inputs, *constants])
+        run = known[key]
         set_random_state(noise, device)
         require_equal(run(*inputs, *constants), expected, [f"result {i}" for i in range(9)])
     finally:

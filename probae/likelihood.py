@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from tqdm.auto import tqdm
 
-from .annealing import Annealing, anneal_in_chunks, require_annealing
+from .annealing import Annealing, Compiler, anneal_in_chunks, require_annealing
 from .autoencoder import Autoencoder, frozen
 from .checks import (
     check_support,
@@ -274,7 +274,8 @@ def log_likelihood(
         seed: of the samples of z; None draws from the global stream.
         progress: show a progress bar.
         compile: let machine code draw and weigh samples, which gives the same values up to
-            rounding: True, False, or ``"auto"`` where the work takes long enough to earn some
+            rounding, or move the chains of ais, where rounding may decide whether a move is
+            accepted: True, False, or ``"auto"`` where the work takes long enough to earn some
             seconds of compilation back, else with a warning that says why it cannot be.
 
     Returns:
@@ -284,6 +285,7 @@ def log_likelihood(
         ValueError: bad data (shape, dtype, empty, NaN, outside the support; grey pixels under a
             Bernoulli decoder), ``num_samples`` < 1, an unknown method, a method that the pair does
             not allow, or a pair whose kind certifies no likelihood.
+        CannotCompile: ``compile=True``, and the work cannot be compiled; the message says why.
 
     Reference:
         Burda, Grosse & Salakhutdinov, Importance weighted autoencoders, 2016; Neal, Annealed
@@ -338,7 +340,9 @@ def log_likelihood(
         require_gradients("method='ais'")
         annealing = Annealing() if annealing is None else require_annealing(annealing)
         chains = num_samples or 16
-        annealed = anneal_in_chunks(pair, data, chains, annealing, proposal, seed, progress)
+        annealed = anneal_in_chunks(
+            pair, data, chains, annealing, proposal, seed, progress, Compiler(compile)
+        )
         streaming = StreamingWeights(chains, data)
         streaming.add(annealed.log_weights)
         values, std_error, ess, khat = streaming.iwae()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import probae
-from probae import fast_weights, graphs, likelihood
+from probae import Annealing, annealing, fast_weights, graphs, likelihood
+from probae.autoencoder import frozen
 from probae.fast_weights import log_sigmoid_sum
 from probae.graphs import CannotCompile, compiled
 
@@ -31,6 +33,19 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     fast_weights._compiled_sum.cache_clear()
     yield made
     fast_weights._compiled_sum.cache_clear()
+
+
+@pytest.fixture
+def machine_codes(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """Return the graphs that machine code is made of."""
+    made, compile = [], graphs.machine_code
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        made.append(graph)
+        return compile(graph, inputs)
+
+    monkeypatch.setattr(graphs, "machine_code", counted)
+    return made
 
 
 def binary(n: int = 70) -> Tensor:
@@ -124,10 +139,147 @@ def test_what_branches_on_values_is_evaluated_eagerly(monkeypatch: pytest.Monkey
     assert torch.equal(found.values, expected.values)
 
 
+# annealing
+
+SHORT = {"num_temperatures": 4, "num_leapfrogs": 2, "num_pilot": 3}
+
+
+def annealed_pair(
+    prior: nn.Module, decoder: Callable[[nn.Module], nn.Module], *outputs: int
+) -> probae.Autoencoder:
+    encoder = probae.GaussianEncoder
+    if isinstance(prior, probae.ExponentialPrior):
+        encoder = probae.LogNormalEncoder
+    network = probae.MLP(3, (*outputs, *X), (8,), "tanh")
+    return probae.Autoencoder(prior, encoder(probae.MLP(X, (2, 3))), decoder(network))
+
+
+ANNEALED: dict[str, tuple[str, Callable[[], probae.Autoencoder]]] = {
+    "bernoulli": ("prior", vae),
+    "gaussian": ("encoder", lambda: vae(likelihood="gaussian")),
+    "laplace, categorical": (
+        "prior",
+        lambda: annealed_pair(probae.LaplacePrior(3), probae.CategoricalDecoder, 4),
+    ),
+    "student-t, discretized logistic": (
+        "encoder",
+        lambda: annealed_pair(probae.StudentTPrior(3), probae.DiscretizedLogisticDecoder, 2),
+    ),
+    "exponential, two parameters": (
+        "encoder",
+        lambda: annealed_pair(probae.ExponentialPrior(3), probae.HeteroscedasticGaussianDecoder, 2),
+    ),
+    "mixture prior": ("proposal", PAIRS["mixture prior"]),
+    "flow prior": ("prior", lambda: vae(prior=probae.FlowPrior(3, transforms=1, hidden=(4,)))),
+    "convolutions": ("encoder", PAIRS["convolutions"]),
+    "corruption": ("encoder", PAIRS["corruption"]),
+    "point code": (
+        "proposal",
+        lambda: probae.UndercompleteAutoencoder(X, 3, hidden=(8,), prior="normal"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANNEALED)
+def test_annealing_by_graphs_gives_the_same_values(
+    name: str, interpreted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # both ways two chunks of 3 data, which one graph serves, and one datum, of which it is none
+    monkeypatch.setattr(annealing, "rows_in_budget", lambda pair: 6)
+    torch.manual_seed(0)
+    start, build = ANNEALED[name]
+    pair, proposal = build().double(), None
+    if start == "proposal":
+        start, proposal = "prior", probae.GaussianEncoder(probae.MLP(X, (2, 3))).double()
+    options = Annealing(**SHORT, start=start)
+    call = partial(probae.bdmc, pair, 7, 2, annealing=options, proposal=proposal)
+    expected = call(compile=False)
+    assert not interpreted
+    found = call(compile=True)
+    assert len(interpreted) == 1
+    torch.testing.assert_close(found.lower, expected.lower, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.upper, expected.upper, rtol=1e-6, atol=1e-6)
+
+
+def test_annealing_in_machine_code(machine_codes: list) -> None:
+    pair, x = vae().double(), binary(5).double()
+    kept: list[Any] = []
+
+    def keep(leap: annealing.Leap, inputs: list[Tensor]) -> annealing.Leap:
+        kept[:] = leap, inputs
+        return leap
+
+    with frozen(pair, 0):
+        annealing.anneal(pair, x, 4, Annealing(**SHORT), compiler=keep)
+        leap, inputs = kept
+        moves = []
+        for step in (leap, compiled(leap, inputs)):
+            torch.manual_seed(1)
+            moves.append(annealing._move(step, inputs[0], 0.3, inputs[2], 5))
+    for found, expected in zip(*moves, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    machine_codes.clear()
+    call = partial(probae.log_likelihood, pair, x, "ais", 4, annealing=Annealing(**SHORT))
+    found, expected = call(compile=True), call(compile=False)
+    assert len(machine_codes) == 1  # for all temperatures
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.acceptance, expected.acceptance, rtol=1e-6, atol=1e-6)
+
+
+def test_annealing_in_machine_code_reaches_the_exact_likelihood(
+    machine_codes: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(annealing, "rows_in_budget", lambda pair: 16 * 8)  # two chunks
+    torch.manual_seed(0)
+    pair = probae.PPCA(6, 2, scale=0.7)
+    x = probae.sample(pair, 16, seed=1).x
+    exact = probae.log_likelihood(pair, x, "exact").values
+    options = Annealing(100, num_leapfrogs=5, num_pilot=20)
+    ll = probae.log_likelihood(pair, x, "ais", 16, annealing=options, compile=True)
+    assert len(machine_codes) == 1
+    assert ((ll.values - exact).abs() < 5 * ll.std_error + 0.05).all()
+    assert (ll.std_error < 0.5).all()
+
+
+def test_auto_compiles_long_annealing(interpreted: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = partial(probae.bdmc, vae(), 5, 2, annealing=Annealing(**SHORT))
+    call()
+    assert not interpreted
+    steps = (4 * 3 + 4) * (2 + 1)  # moves of the pilot run and of the run, with their first steps
+    monkeypatch.setattr(annealing, "WORTH", steps + 1)
+    call()
+    assert not interpreted
+    monkeypatch.setattr(annealing, "WORTH", steps)
+    call()
+    assert len(interpreted) == 1
+
+
+def test_what_branches_on_values_is_annealed_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = vae()
+    pair.decoder = Branching()
+    call = partial(probae.bdmc, pair, 3, 2, annealing=Annealing(**SHORT))
+    with pytest.raises(CannotCompile, match=r"branches on the value .*test_graphs.py, line \d+"):
+        call(compile=True)
+    expected = call(compile=False)
+    monkeypatch.setattr(annealing, "WORTH", 1)
+    with pytest.warns(UserWarning, match="annealed eagerly, .* because it branches") as warned:
+        found = call()
+    assert [warning.filename for warning in warned] == [__file__]  # once for both directions
+    assert torch.equal(found.lower, expected.lower)
+    assert torch.equal(found.upper, expected.upper)
+
+
+# what all share
+
+
 @pytest.mark.parametrize("compile", ["yes", None, 1])
 def test_compile_is_checked(compile: Any) -> None:
-    with pytest.raises(ValueError, match="compile must be True, False or 'auto'"):
-        probae.log_likelihood(vae(), binary(), "iwae", 5, compile=compile)
+    for call in (
+        partial(probae.log_likelihood, vae(), binary(), "iwae", 5),
+        partial(probae.bdmc, vae(), 5),
+    ):
+        with pytest.raises(ValueError, match="compile must be True, False or 'auto'"):
+            call(compile=compile)
 
 
 def test_what_is_no_tensor_is_noticed(interpreted: list) -> None:
