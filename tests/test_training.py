@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import probae
-from probae import Autoencoder, LinearWarmup, loop, monitoring, precision
+from probae import Autoencoder, LinearWarmup, monitoring, precision, training
 
 X, Z = 8, 2
 fit = partial(probae.fit, progress=False)
@@ -988,8 +988,8 @@ def test_large_steps_multiply_as_fast_as_float32_allows(monkeypatch: pytest.Monk
                 loss.register_hook(lambda _: seen.append(torch.get_float32_matmul_precision()))
             return loss
 
-    for limit, expected in ((loop.LARGE, "highest"), (0, "medium")):
-        monkeypatch.setattr(loop, "LARGE", limit)
+    for limit, expected in ((training.LARGE, "highest"), (0, "medium")):
+        monkeypatch.setattr(training, "LARGE", limit)
         seen.clear()
         fit(vae(), bits(), epochs=1, batch_size=20, objective=Looks())
         assert seen == [expected] * 2

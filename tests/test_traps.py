@@ -1100,10 +1100,14 @@ def test_a_point_that_is_computed_anew_under_noise() -> None:
         )
     corrupted = pair_with(gaussian_encoder(), corruption=Made(noisy))
     with pytest.raises(FloatingPointError, match="site 'x_tilde' of the model"):
-        probae.fit(corrupted, x, epochs=1, progress=False)
+        probae.fit(corrupted, x, epochs=1, objective=Trace_ELBO(), progress=False)
+    # in probae's own objectives the model takes the law that the guide made
+    assert math.isfinite(probae.fit(corrupted, x, epochs=1, progress=False).history["loss"][0])
     exact = probae.log_likelihood(corrupted, x, "exact").values
-    for method in ("elbo", "iwae"):
-        assert not (probae.log_likelihood(corrupted, x, method, 5).values > exact).any()
+    for method in ("elbo", "iwae"):  # bounds, up to the noise of 5000 draws
+        bound = probae.log_likelihood(corrupted, x, method, 5000)
+        assert bound.values.isfinite().all()
+        assert (bound.values < exact + 5 * bound.std_error).all()
     halved = pair_with(
         gaussian_encoder(), corruption=Made(lambda x: dist.Delta(x / 2, event_dim=1))
     )
