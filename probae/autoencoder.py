@@ -189,7 +189,7 @@ class Autoencoder(Part, PyroModule):
             return pyro.sample("z", code)
 
     def _corrupted(self, x: Tensor) -> Any:
-        """Return C(x_tilde|x), in an objective one object for both programs, as their KL is 0."""
+        """Return C(x_tilde|x), in an objective of the same tensors for guide and model."""
         assert self.corruption is not None
         laws = LAWS.get()
         if laws is None:

@@ -236,10 +236,7 @@ def _analytic_kl(site: Site, guide_site: Site) -> Tensor | None:
     if float(site["scale"]) != float(guide_site["scale"]):  # tempered: no longer a KL
         return None
     try:
-        if guide_site["fn"] is site["fn"]:
-            kl = guide_site["value"].new_zeros(site["fn"].batch_shape)
-        else:
-            kl = kl_divergence(guide_site["fn"], site["fn"])
+        kl = kl_divergence(guide_site["fn"], site["fn"])
     except NotImplementedError:
         return None
     return scale_and_mask(_as_tensor(kl, guide_site), mask=guide_site["mask"])

@@ -20,6 +20,7 @@ import probae
 from probae import BitFlip, GaussianNoise, Masking, PoissonThinning, SaltAndPepper, stack_missing
 from probae.corrupted import Bits, Point, Replacement, Seen, ShiftedPoisson, Thinned
 from probae.corruptions import Corruption
+from probae.terms import trace_pair
 
 from .conftest import bits, counts, reals, unit
 from .test_distributions import assert_frequencies
@@ -981,3 +982,29 @@ def test_kl_of_thinned_counts_is_that_of_binomials() -> None:
     torch.testing.assert_close(kl_divergence(p, q), expected)
     assert kl_divergence(p, Thinned(counts - 1, kept)).isinf().all()
     assert kl_divergence(p, Thinned(counts + 1, kept)).isnan().all()  # not an elementary function
+
+
+def test_the_kl_of_a_corruption_from_itself_costs_nothing() -> None:
+    probs, others = torch.rand(2, 5, dtype=torch.float64)
+    bernoulli = torch.distributions.Bernoulli
+    expected = kl_divergence(bernoulli(probs), bernoulli(others))
+    torch.testing.assert_close(kl_divergence(Bits(probs), Bits(others)), expected, rtol=0, atol=0)
+    assert kl_divergence(Bits(probs), Bits(probs)).tolist() == [0] * 5
+
+    made = []
+
+    class Flips(probae.BitFlip):
+        def forward(self, x: Tensor) -> Any:
+            made.append(super().forward(x))
+            return made[-1]
+
+    pair = probae.DenoisingVAE(6, 2, corruption=Flips(0.2), hidden=(5,))
+    x = (torch.rand(7, 6) < 0.4).float()
+    made.clear()
+    traces = trace_pair(pair.model, pair.guide, (x,), {}, 1)
+    assert len(made) == 1  # the model takes what the guide made
+    laws = [sites["x_tilde"]["fn"] for sites in (traces.guide, traces.model)]
+    assert kl_divergence(*laws).tolist() == [0] * 7
+    pair.guide(x)
+    pair.model(x)
+    assert len(made) == 3  # and nothing outside of objectives
