@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from .autoencoder import Autoencoder, frozen
 from .checks import require_density, require_gradients, require_parts
 from .corruptions import encoder_input
 from .distributions import has_component, is_discrete, is_flat, is_point, to_support
-from .graphs import CannotCompile, compiled, require_mode
+from .graphs import attempt, compiled, require_mode
 from .memory import rows_in_budget
 from .part import as_number, require_count, require_flag
 from .precision import float32_products
@@ -106,20 +105,15 @@ class Compiler:
 
     def __call__(self, leap: Leap, inputs: list[Tensor]) -> Leap:
         """Return the step as machine code for inputs of these shapes, or as it is."""
-        if self.mode is False:
-            return leap
-        try:
-            return compiled(leap, inputs, self.known)
-        except CannotCompile as error:
-            if self.mode is True:
-                raise
+        made = attempt(
+            self.mode,
+            lambda: compiled(leap, inputs, self.known),
+            "chains are annealed",
+            stacklevel=5,  # of who called log_likelihood or bdmc
+        )
+        if made is None:
             self.mode = False
-            warnings.warn(
-                f"chains are annealed eagerly, and so more slowly, because {error}; with "
-                "compile=False it is not tried",
-                stacklevel=5,  # of who called log_likelihood or bdmc
-            )
-            return leap
+        return made or leap
 
 
 class Weights(NamedTuple):

@@ -185,6 +185,29 @@ def _lifted(graph: torch.fx.GraphModule) -> list[Tensor]:
     return list(constants.values())
 
 
+def attempt(
+    mode: bool | str, make: Callable[[], Callable[..., Any]], what: str, stacklevel: int
+) -> Callable[..., Any] | None:
+    """Return machine code, or None where it is not wanted, or, with a warning, cannot be had.
+
+    Raises:
+        CannotCompile: the mode is True, and it cannot be had.
+    """
+    if mode is False:
+        return None
+    try:
+        return make()
+    except CannotCompile as error:
+        if mode is True:
+            raise
+        warnings.warn(
+            f"{what} eagerly, and so more slowly, because {error}; with compile=False it is not "
+            "tried",
+            stacklevel=stacklevel + 1,
+        )
+        return None
+
+
 def require_equal(
     values: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str], coarse: float = 1e-3
 ) -> None:

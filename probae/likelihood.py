@@ -26,7 +26,7 @@ from .datasets import as_tensor
 from .distributions import GreyBernoulli, has_component, is_discrete, is_flat
 from .exact import MAX_STATES, closed_form
 from .fast_weights import fast_weights
-from .graphs import CannotCompile, require_mode
+from .graphs import attempt, require_mode
 from .importance import StreamingWeights, compiled_weights, plain_weights
 from .memory import counts, rows_in_budget
 from .part import require_count, require_flag
@@ -396,20 +396,15 @@ def _weighed(
         tqdm(total=len(data), disable=not progress, unit="datum") as bar,
     ):
         plain = plain_weights(pair, method, proposal)  # which refuses some pairs
-        weigh = None
-        if compile is True or (compile == "auto" and num_draws >= WORTH):
-            try:
-                weigh = fast_weights(pair, proposal, (most, at_once)) or compiled_weights(
-                    plain, data[:at_once], most
-                )
-            except CannotCompile as error:
-                if compile is True:
-                    raise
-                warnings.warn(
-                    f"log_likelihood draws eagerly, and so more slowly, because {error}; with "
-                    "compile=False it does not try",
-                    stacklevel=3,
-                )
+        weigh = attempt(
+            False if compile == "auto" and num_draws < WORTH else compile,
+            lambda: (
+                fast_weights(pair, proposal, (most, at_once))
+                or compiled_weights(plain, data[:at_once], most)
+            ),
+            "log_likelihood draws",
+            stacklevel=3,
+        )
         weigh = weigh or fast_weights(pair, proposal) or plain
         for x in data.split(at_once):
             streaming, draw = StreamingWeights(num_samples, x), weigh(x)

@@ -1,8 +1,8 @@
 """Cost of a training step against batch size, width, size of the code, particles and data.
 
 Each curve moves one number of the problem of :mod:`tests.benchmarks.training_speed` and leaves the
-others; probae's compiled ``fit`` and NumPyro's jitted epoch take turns at every point. The curve
-over the number of data also gives the peak memory of ``fit``, each in a process of its own.
+others; probae's compiled ``fit`` and NumPyro's jitted epoch take turns at every point. Memory is
+measured by :mod:`tests.benchmarks.data_scaling`.
 
     pip install 'jax[cpu]' numpyro
     python -m tests.benchmarks.training_cost --out cost.json --picture cost.png
@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
 from pathlib import Path
 from typing import Any
 
-from .training_speed import FLOOR, OURS, RIVAL, Problem, images, probae_fit, run
+from .training_speed import FLOOR, OURS, RIVAL, Problem, run
 
 CURVES: dict[str, list[int]] = {
     "batch_size": [32, 128, 512, 2048],
@@ -41,25 +39,6 @@ def problem(name: str, value: int) -> Problem:
     return Problem(task=task, num_data=20_000)._replace(**{name: value})
 
 
-def peak_memory(problem: Problem, queue: Any) -> None:
-    """Put the size of the data and the peak resident set of ``fit`` on them, in MiB."""
-    x = images(problem)
-    probae_fit(problem, x, compile=False)()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    queue.put((x.numel() * x.element_size() / 2**20, peak))
-
-
-def measured_memory(problem: Problem) -> tuple[float, float]:
-    """Run :func:`peak_memory` in a new process."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=peak_memory, args=(problem, queue))
-    process.start()
-    result: tuple[float, float] = queue.get(timeout=3600)
-    process.join()
-    return result
-
-
 def measure(names: list[str], rounds: int) -> list[dict[str, Any]]:
     """Return one row for each point of each curve."""
     rows = []
@@ -68,8 +47,6 @@ def measure(names: list[str], rounds: int) -> list[dict[str, Any]]:
             here = problem(name, value)
             medians = run(here, rounds, [OURS, RIVAL])["medians"]
             row = {"curve": name, "value": value, "steps": here.steps, "seconds": medians}
-            if name == "num_data":
-                row["data_mib"], row["peak_mib"] = measured_memory(here)
             rows.append(row)
             print(text(row), flush=True)
     return rows
@@ -80,10 +57,7 @@ def text(row: dict[str, Any]) -> str:
     seconds = row["seconds"]
     line = f"{row['curve']} = {row['value']}: "
     line += ", ".join(f"{name} {1e3 * each:.2f} ms per step" for name, each in seconds.items())
-    if "peak_mib" in row:
-        line += f"; epoch {seconds[OURS] * row['steps']:.2f} s"
-        line += f"; data {row['data_mib']:.0f} MiB, peak {row['peak_mib']:.0f} MiB"
-    return line
+    return line + f"; epoch {seconds[OURS] * row['steps']:.2f} s"
 
 
 def picture(rows: list[dict[str, Any]], file: Path) -> None:
