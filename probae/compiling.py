@@ -21,6 +21,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .autoencoder import Autoencoder, random_state, set_random_state
 from .batches import TrainingData
@@ -150,9 +151,11 @@ class CompiledStep:
         self.adam = _is_plain_adam(optim, self.parameters)
         self.decays = [_decay(optim, k) for k in range(len(optim.param_groups) * self.adam)]
         moments = [optim.state[p][m] for m in MOMENTS for p in self.parameters if self.adam]
-        self.state = [*(p.detach() for p in self.parameters), *self.others, *moments]
+        self.steps = torch.zeros((), dtype=torch.float64, device=self.device)  # by the graph's count
+        self.state = [*(p.detach() for p in self.parameters), *self.others, *moments, self.steps]
         self.own_steps = 0  # of which the optimizer does not know
-        self.known_steps: int | None = None  # those that it knows of; on a GPU a look takes time
+        self.counts = False  # whether the graph knows how many there were; on a GPU a look is slow
+        self.settings: tuple[float, ...] = ()
         self.captured: CudaGraph | None = None
         self.not_captured_because = "the pair is on the CPU"
 
@@ -244,7 +247,7 @@ class CompiledStep:
         if self.adam:
             for parameter in self.parameters:
                 self.optim.state[parameter]["step"] += self.own_steps
-        self.own_steps, self.known_steps = 0, None
+        self.own_steps, self.counts = 0, False
 
     @property
     def _gathers(self) -> bool:
@@ -264,17 +267,17 @@ class CompiledStep:
 
     def _numbers(self, **replaced: Any) -> Tensor:
         """Return all that may change from step to step, in the order that `_computed` expects."""
-        if self.adam and self.known_steps is None:
-            self.known_steps = int(self.optim.state[self.parameters[0]]["step"])
-        t = self.own_steps + (self.known_steps or 0)
-        numbers = [float(getattr(self.objective, "beta", 1.0)), self.clip_norm or math.inf]
+        if self.adam and not self.counts:
+            self.steps.fill_(float(self.optim.state[self.parameters[0]]["step"]))
+            self.counts = True
+        settings = [float(getattr(self.objective, "beta", 1.0)), self.clip_norm or math.inf]
         for group in self.optim.param_groups if self.adam else ():
-            (beta1, beta2), lr = replaced.get("betas", group["betas"]), float(group["lr"])
-            correction1, correction2 = 1 - beta1**t, math.sqrt(1 - beta2**t)
-            decay = replaced.get("weight_decay", group["weight_decay"])
-            numbers += [lr, lr * correction2 / correction1, 1 - beta1, 1 - beta2]
-            numbers += [group["eps"] * correction2, decay]
-        return torch.tensor(numbers, dtype=torch.float64, device=self.device)
+            group = group | replaced if replaced else group
+            settings += [float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]]
+        if settings != self.settings:  # a new tensor takes longer than some kernels
+            self.settings = settings
+            self.numbers = torch.tensor(settings, dtype=torch.float64, device=self.device)
+        return self.numbers
 
     def _computed(self, *inputs: Tensor) -> list[Tensor]:
         """Take a step as a function of tensors, which is what the graph holds."""
@@ -285,7 +288,7 @@ class CompiledStep:
             batch, inputs = inputs[0], inputs[1:]
         numbers, state, n = inputs[0], inputs[1:], len(self.parameters)
         parameters, others = state[:n], state[n : n + len(self.others)]
-        m, v = state[n + len(others) :][:n], state[n + len(others) :][n:]
+        m, v = state[n + len(others) :][:n], state[n + len(others) :][n:-1]
 
         leaves = [p.detach().requires_grad_() for p in parameters]
         used = [tensor.clone() for tensor in others]
@@ -293,10 +296,9 @@ class CompiledStep:
         objective = _with_weight(self.objective, numbers[0].to(batch.dtype))
         with _swapped(self.pair, tensors), products_in(self.precision):
             loss = objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
-        gradients = list(torch.autograd.grad(loss / len(batch), leaves))
-        # in two steps, as Inductor is slow at long sums
-        sums = torch.cat([gradient.sum(0).flatten() for gradient in gradients])
-        finite = loss.detach().isfinite() & sums.sum().isfinite()
+        with Factors() as factors:
+            gradients = list(torch.autograd.grad(loss / len(batch), leaves))
+        finite = sum(factors.bounds(gradients), start=loss.detach()).isfinite()
         loss = torch.where(finite, loss.detach(), math.nan)
         if self.clip_norm is not None:
             gradients = _clipped(gradients, numbers[1])
@@ -309,10 +311,13 @@ class CompiledStep:
                 update(tensor, value)
         if not self.adam:
             return [loss, *gradients]
-        per_group = numbers[2:].unflatten(0, (len(self.optim.param_groups), -1))
+        steps = state[-1] + 1
+        settings = numbers[2:].unflatten(0, (len(self.optim.param_groups), -1))
+        rates = _rates(settings, steps, self.pair.dtype)
+        update(state[-1], steps)
         for k, p in enumerate(parameters):
             group = self.groups[k]
-            new = _adam(p, gradients[k], m[k], v[k], per_group[group], self.decays[group])
+            new = _adam(p, gradients[k], m[k], v[k], rates[group], self.decays[group])
             for tensor, value in zip((p, m[k], v[k]), new, strict=True):
                 update(tensor, value)
         return [loss]
@@ -335,7 +340,7 @@ class CompiledStep:
     def _compiled(self, source: Tensor) -> dict[str, Tensor]:
         """Return what the graph computes, by name, on copies of all tensors."""
         n, state = len(self.parameters), [tensor.clone() for tensor in self.state]
-        for moment in state[n + len(self.others) :]:
+        for moment in state[n + len(self.others) : -1]:
             moment.zero_()
         # with these numbers the first moments become the gradients
         numbers = self._numbers(betas=(0.0, 0.0), weight_decay=0.0)
@@ -354,6 +359,43 @@ class CompiledStep:
     ) -> dict[str, Tensor]:
         names = ["loss", *(f"gradient of {n}" for n in self.names), *self.other_names]
         return dict(zip(names, (loss, *gradients, *others), strict=True))
+
+
+class Factors(TorchDispatchMode):
+    """Knows of tensors made meanwhile what matrices they are the products of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[int, tuple[Tensor, ...]] = {}  # by address
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Take note of products, which are kept, as another tensor would get their memory."""
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.mm.default:
+            self.of[result.untyped_storage().data_ptr()] = (*args, result)
+        elif function._schema.is_mutable and isinstance(args[0], Tensor):
+            self.of.pop(args[0].untyped_storage().data_ptr(), None)
+        return result
+
+    def bounds(self, tensors: list[Tensor]) -> Iterator[Tensor]:
+        """Yield a number of each tensor that is not finite where an entry is not.
+
+        Of a product it is by Cauchy and Schwarz |AB| <= |A| |B|, which takes fewer numbers to read
+        than the product has; of any other tensor its sum.
+        """
+        for tensor in tensors:
+            a, b, *_ = self.of.get(tensor.untyped_storage().data_ptr(), ()) or (None, None)
+            if a is None or b is None:
+                yield tensor.sum()
+            else:
+                yield _squared_norm(a) * _squared_norm(b)
+
+
+def _squared_norm(matrix: Tensor) -> Tensor:
+    rows = matrix if matrix.is_contiguous() else matrix.t()
+    return rows.float().square().sum(-1).sum()  # in two steps, as Inductor is slow at long sums
 
 
 @contextlib.contextmanager
@@ -387,14 +429,23 @@ def _with_weight(objective: Any, beta: Tensor) -> Any:
     return objective
 
 
-def _adam(
-    p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, numbers: Tensor, decay: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return parameter and moments after a step of Adam, or AdamW where decay is decoupled.
+def _rates(settings: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what `_adam` multiplies by, of each group, from its settings and the steps so far.
 
     The correction of v is in lr and eps, where it costs no division (Kingma & Ba, 2015, section 2).
     """
-    lr, step_size, rate1, rate2, eps, weight = numbers.to(p.dtype).unbind()
+    lr, beta1, beta2, eps, decay = settings.unbind(-1)
+    correction1, correction2 = 1 - beta1**steps, (1 - beta2**steps).sqrt()
+    step_size = lr * correction2 / correction1
+    rates = (lr, step_size, 1 - beta1, 1 - beta2, eps * correction2, decay)
+    return torch.stack([rate.to(dtype) for rate in rates], -1)
+
+
+def _adam(
+    p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, rates: Tensor, decay: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return parameter and moments after a step of Adam, or AdamW where decay is decoupled."""
+    lr, step_size, rate1, rate2, eps, weight = rates.unbind()
     if decay == "decoupled":
         p = p - lr * weight * p
     elif decay == "in the gradient":  # adding a weight of 0 would cost a pass over the parameters

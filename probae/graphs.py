@@ -181,6 +181,7 @@ def _lifted(graph: torch.fx.GraphModule) -> list[Tensor]:
             if node.target == name:
                 node.replace_all_uses_with(last)
                 graph.graph.erase_node(node)
+        delattr(graph, name)
     graph.recompile()
     return list(constants.values())
 
@@ -223,16 +224,24 @@ def require_equal(
 
 
 def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """Compile recorded operations for inputs of these shapes."""
-    from torch._inductor.compile_fx import compile_fx
+    """Compile recorded operations for inputs of these shapes, which need no gradients."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+    on_cpu = inputs[-1].device.type == "cpu"
     wanted: dict[str, Any] = dict(INDUCTOR)
-    if inputs[-1].device.type == "cpu":
+    if on_cpu:
         wanted |= {**ON_CPU, **(ONE_BLOCK if _largest(graph) >= LARGE else {})}
+    constants = _lifted(graph)
     for node in graph.graph.nodes:  # each value of a record is of a world of its own
         node.meta.pop("val", None)
     known = torch._inductor.config  # older torch does not know them all
     options = {name: value for name, value in wanted.items() if hasattr(known, name)}
+    inner: list[Any] = []
+
+    def innermost(graph: torch.fx.GraphModule, inputs: Any, **keywords: Any) -> Any:
+        inner.append(compile_fx_inner(graph, inputs, **keywords))
+        return inner[-1]
+
     try:
         with (
             torch._inductor.config.patch(options),
@@ -242,12 +251,16 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
             # which operations its C++ calls by way of Python is not the user's to know
             # the precision of products is the user's choice
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-            code: Any = compile_fx(graph, inputs)
-            return code
+            code: Any = compile_fx(graph, [*inputs, *constants], inner_compile=innermost)
     except Exception as error:
         raise CannotCompile(
             f"Inductor failed with {type(error).__name__}: {_first_line(error)}"
         ) from error
+    if on_cpu and len(inner) == 1:
+        # what is around it cares for gradients and aliases, and takes longer than some kernels do
+        call = inner[0].current_callable
+        return lambda *inputs: call([*inputs, *constants])
+    return lambda *inputs: code(*inputs, *constants)
 
 
 def _first_line(error: BaseException) -> str:

@@ -78,7 +78,8 @@ class Training:
         self.warmup = getattr(objective, "warmup_epochs", 0.0)
         # a Dataset may draw for its items, of which each process has others
         self.draws_itself = data.dataset is None or isinstance(data.dataset, MappedRows)
-        self.shares_noise = self.draws_itself and distributed.world_size() > 1
+        self.is_alone = distributed.world_size() == 1
+        self.shares_noise = self.draws_itself and not self.is_alone
         self.norms = [m for m in pair.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self.epoch, self.step = 1, 0  # the epoch under way, and steps of it that were taken
         self.order: Tensor | None = None  # of the data in this epoch
@@ -126,7 +127,7 @@ class Training:
                 cpu, gpu = random_state(self.pair.device)
                 gpu = None if gpu is None else distributed.from_main(gpu)
                 set_random_state((distributed.from_main(cpu), gpu), self.pair.device)
-        share = None if distributed.world_size() == 1 else distributed.share_of
+        share = None if self.is_alone else distributed.share_of
         while not self.interrupted:  # once more after data that could not be read
             sources: Any = self.data.sources(
                 self.batch_size, self.order, self.epoch, self.step, share=share
@@ -183,7 +184,7 @@ class Training:
     def one_step(self, source: Tensor | _Fault) -> tuple[float, int]:
         """Return the loss of a batch, summed over its data, and their number."""
         if isinstance(source, _Fault):
-            if distributed.world_size() > 1:
+            if not self.is_alone:
                 return self.common_step(source, None, random_state(self.pair.device))
             raise source
         loss = self.compiler.step(source)
@@ -193,7 +194,7 @@ class Training:
             batch = self.data.batch(source)
         places = self.places()
         streams = random_state(batch.device)
-        if distributed.world_size() > 1:
+        if not self.is_alone:
             return self.common_step(batch, places, streams)
         value, loss_tensor = self.forward(batch, streams)
         if loss_tensor is None:
@@ -346,15 +347,16 @@ class Training:
                 self.scheduler.step()
         self.step += 1
         self.bar.update()
-        if distributed.world_size() == 1:
+        if self.is_alone:
             self.interrupted, self.wants_save = self.interrupts.asked, self.is_due()
         if self.interrupted or self.wants_save:
             self.save()
 
     def is_due(self) -> bool:
         """Whether a checkpoint within the epoch is."""
-        waited = time.perf_counter() - self.saved_at
-        return self.file is not None and distributed.is_main() and waited > self.seconds_between
+        if self.file is None or not distributed.is_main():
+            return False
+        return time.perf_counter() - self.saved_at > self.seconds_between
 
     def finish_epoch(self) -> None:
         """Measure, keep what is best, and begin the next epoch."""

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 X, LR = 784, 1e-3
 FLIPPED = 0.1  # share of the pixels that the denoising VAE does not see as they are
-TURN = 1  # epochs timed in a turn
+TURN = 3  # epochs timed in a turn
 OURS, RIVAL = "probae, compiled", "NumPyro, jitted epoch"
 FLOOR = "matrix products alone"
 TASKS = ("vae", "sparse", "denoising", "iwae")
