@@ -538,30 +538,35 @@ def pareto_khat(tail: Tensor, num_samples: int) -> Tensor:
     if num_samples < 25:
         return tail.new_full((tail.shape[1],), torch.nan)
     kept = tail.detach().double().cpu().numpy().T  # (N, M + 1)
-    khat = np.empty(len(kept))
-    for n, largest in enumerate(kept):
-        if np.isfinite(largest).all() and 0 < np.ptp(largest) < 1e-10:
-            khat[n] = 0.0
-            continue
-        if not np.isfinite(largest).all() or (largest > largest.min()).sum() < 5:
-            khat[n] = np.nan
-            continue
-        few = 5 * (len(largest) - 1)  # of which M are a fifth
-        weights = np.full(min(few, num_samples), largest.min())
-        weights[: len(largest)] = largest
-        khat[n] = _psis(weights, 1.0 if few >= num_samples else FEW)
+    threshold, finite = kept.min(1, keepdims=True), np.isfinite(kept).all(1)
+    with np.errstate(invalid="ignore"):
+        spread = np.ptp(kept, 1)
+    khat = np.full(len(kept), np.nan)
+    khat[finite & (spread > 0) & (spread < 1e-10)] = 0.0
+    has_tail = finite & ~(spread < 1e-10) & ((kept > threshold).sum(1) >= 5)
+    few = 5 * (kept.shape[1] - 1)  # of which M are a fifth
+    weights = np.repeat(threshold[has_tail], min(few, num_samples), 1)
+    weights[:, : kept.shape[1]] = kept[has_tail]
+    if has_tail.any():
+        khat[has_tail] = _psis(weights, 1.0 if few >= num_samples else FEW)
     return torch.from_numpy(khat).to(tail)
 
 
 FEW = 1e-6  # relative efficiency at which a fifth of the weights, and not 3√K, is looked at
 
 
-def _psis(log_weights: np.ndarray, r_eff: float) -> float:
+def _psis(log_weights: np.ndarray, r_eff: float) -> np.ndarray:
+    """Return Pareto k of each row."""
     arviz = _arviz()
     if _is_old(arviz):
         # one weight far above the others, or a tail of rounding errors, which is none: NaN
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            return float(arviz.psislw(log_weights, r_eff)[1])
+            khat: np.ndarray = arviz.psislw(log_weights, r_eff)[1]
+            return khat
+    return np.array([_psis_of_row(row, r_eff) for row in log_weights])
+
+
+def _psis_of_row(log_weights: np.ndarray, r_eff: float) -> float:
     from arviz_stats.base import array_stats
 
     try:

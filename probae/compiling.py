@@ -151,11 +151,12 @@ class CompiledStep:
         self.adam = _is_plain_adam(optim, self.parameters)
         self.decays = [_decay(optim, k) for k in range(len(optim.param_groups) * self.adam)]
         moments = [optim.state[p][m] for m in MOMENTS for p in self.parameters if self.adam]
-        self.steps = torch.zeros((), dtype=torch.float64, device=self.device)  # by the graph's count
+        # by the count of the graph
+        self.steps = torch.zeros((), dtype=torch.float64, device=self.device)
         self.state = [*(p.detach() for p in self.parameters), *self.others, *moments, self.steps]
         self.own_steps = 0  # of which the optimizer does not know
         self.counts = False  # whether the graph knows how many there were; on a GPU a look is slow
-        self.settings: tuple[float, ...] = ()
+        self.settings: list[float] = []
         self.captured: CudaGraph | None = None
         self.not_captured_because = "the pair is on the CPU"
 

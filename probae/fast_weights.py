@@ -4,21 +4,22 @@ It does what :func:`probae.importance.plain_weights` does, for the pairs of most
 papers, at close to the rate of the matrix products alone. What makes it fast: the encoder runs once
 for all samples of a datum; products are written into buffers that are used again; a sigmoid, by far
 the cheapest transcendental function of torch on processors, serves for the tanh and for the
-Bernoulli log-likelihood; and one logarithm is taken of the product of many.
+Bernoulli log-likelihood; and one logarithm is taken of the product of many. Machine code of all but
+the draws takes fewer passes yet.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .autoencoder import Autoencoder
+from .autoencoder import Autoencoder, seeded
 from .decoders import BernoulliDecoder
 from .encoders import GaussianEncoder
 from .graphs import compiled
@@ -43,8 +44,8 @@ def fast_weights(
 ) -> Callable[[Tensor], Weigh] | None:
     """Return the function that weighs draws for binary data, or None if it is not for this pair.
 
-    Where ``machine_code`` is (K, N), the log-likelihoods of so many samples for so many data are
-    summed by a compiled pass over the logits; other numbers take a few passes.
+    Where ``machine_code`` is (K, N), so many samples for so many data are weighed by a compiled
+    function; other numbers take more passes.
 
     Raises:
         CannotCompile: there is no compiler for that.
@@ -69,11 +70,19 @@ def fast_weights(
         or pair.dtype not in (torch.float32, torch.float64)
     ):
         return None
-    *hidden, last = _layers(decoder.network)
-    log_sigmoids = None
+    layers = _layers(decoder.network)
+    *hidden, last = layers
+    tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    run = None
     if machine_code is not None:
-        shape = (*machine_code, len(last.bias))
-        log_sigmoids = _compiled_sum(shape, pair.dtype, pair.device, torch.get_num_threads())
+        run = _compiled_log_weights(
+            machine_code,
+            tuple(layer.weight.shape for layer in layers),
+            tuple(layer.activate for layer in layers),
+            pair.dtype,
+            pair.device,
+            torch.get_num_threads(),
+        )
     buffers: dict[int, Tensor] = {}
 
     def product(h: Tensor, weight: Tensor) -> Tensor:
@@ -89,7 +98,10 @@ def fast_weights(
         log_scales = (q.scale / p.scale).log().sum(1)
 
         def draw(count: int) -> Tensor:
-            eps = torch.randn(count, *q.loc.shape, dtype=x.dtype, device=x.device)
+            noise = raw_noise(count, q.loc)
+            if run is not None and (count, len(x)) == machine_code:
+                return run(noise, q.loc, q.scale, p.loc, p.scale, log_scales, sign, *tensors)[0]
+            eps = as_normal(noise, count, q.loc)
             z = torch.addcmul(q.loc, q.scale, eps)  # (K, N, z_dim)
             standard = (z - p.loc).div_(p.scale)
             log_ratio = eps.square_().sub_(standard.square_()).sum(2).mul_(0.5).add_(log_scales)
@@ -97,8 +109,6 @@ def fast_weights(
             for layer in hidden:
                 h = layer.activate(product(h, layer.weight).add_(layer.bias))
             logits = product(h, last.weight).view(count, *sign.shape)
-            if log_sigmoids is not None and (count, len(x)) == machine_code:
-                return log_sigmoids(logits, sign, signed_bias)[0].add_(log_ratio)
             sigmoids = torch.addcmul(signed_bias, sign, logits, out=logits).sigmoid_()
             total, is_lost = log_of_product_(sigmoids)
             if is_lost is not None:
@@ -113,28 +123,97 @@ def fast_weights(
 
 
 @cache
-def _compiled_sum(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, threads: int
+def _compiled_log_weights(
+    shape: tuple[int, ...],
+    sizes: tuple[tuple[int, int], ...],
+    activations: tuple[Callable[[Tensor], Tensor], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,
 ) -> Callable[..., list[Tensor]]:
-    """Return :func:`log_sigmoid_sum` of logits (K, N, D) by signs (N, D), plus biases (N, D)."""
-    logits = torch.linspace(-9, 9, math.prod(shape), dtype=dtype, device=device).view(shape)
-    sign, bias = torch.ones_like(logits[0]), torch.zeros_like(logits[0])
-    return compiled(lambda a, s, b: [log_sigmoid_sum(b + s * a)], [logits, sign, bias])
+    """Return :func:`log_weights` for layers of these sizes and (K, N) = ``shape``."""
+    count, data = shape
+    z_dim, width = sizes[0][0], sizes[-1][1]
+    new = partial(torch.rand, dtype=dtype, device=device)
+    with seeded(0, {device}):
+        layers = [tensor for m, n in sizes for tensor in (new(m, n) - 0.5, new(n))]
+        codes = [new(data, z_dim), new(data, z_dim), new(z_dim), 1 + new(z_dim)]
+        signs = new(data, width).round() * 2 - 1
+        example = [raw_noise(count, codes[0]), *codes, new(data), signs, *layers]
+    return compiled(lambda *tensors: [log_weights(count, activations, *tensors)], example)
+
+
+def log_weights(
+    count: int,
+    activations: tuple[Callable[[Tensor], Tensor], ...],
+    noise: Tensor,
+    loc: Tensor,
+    scale: Tensor,
+    prior_loc: Tensor,
+    prior_scale: Tensor,
+    log_scales: Tensor,
+    sign: Tensor,
+    *layers: Tensor,
+) -> Tensor:
+    """Return log p(x|z) + log p(z) - log q(z|x), (K, N), for K = ``count`` draws from q.
+
+    ``log_scales`` (N,) is the log-ratio of the scales of q and p; ``sign`` (N, D) is 1 where x is
+    1, and -1 elsewhere; layers are weights (in, out) and biases (out,) in turn.
+    """
+    eps = as_normal(noise, count, loc)
+    z = torch.addcmul(loc, scale, eps)
+    standard = (z - prior_loc) / prior_scale
+    h = z.flatten(0, 1)
+    for activate, weight, bias in zip(activations, layers[::2], layers[1::2], strict=True):
+        h = activate(torch.addmm(bias, h, weight))
+    log_ratio = 0.5 * (eps.square() - standard.square()).sum(2) + log_scales
+    return log_sigmoid_sum(sign * h.view(count, *sign.shape)) + log_ratio
+
+
+def raw_noise(count: int, loc: Tensor) -> Tensor:
+    """Draw what :func:`as_normal` makes noise of for that many samples of codes like loc.
+
+    On a processor these are bits: torch draws normal numbers there by one thread, and bits in less
+    than half the time; the rest can be done by all threads.
+    """
+    if loc.dtype != torch.float32 or loc.device.type != "cpu":
+        return torch.randn(count, *loc.shape, dtype=loc.dtype, device=loc.device)
+    return torch.empty((count * loc.numel() + 1) // 2, dtype=torch.int64).random_()
+
+
+def as_normal(noise: Tensor, count: int, loc: Tensor) -> Tensor:
+    r"""Return standard normal numbers (K, N, z_dim) of what :func:`raw_noise` drew.
+
+    .. math:: \sqrt{-2 \log u} \, (\cos 2 \pi v, \sin 2 \pi v)
+
+    for uniform u in (0, 1] and v in [0, 1), both of 24 bits as torch's own (Box & Muller, 1958).
+    """
+    if noise.is_floating_point():
+        return noise
+    u, v = (noise.view(torch.int32) & 0xFFFFFF).chunk(2)
+    radius = (-2 * ((u + 1) * 2.0**-24).log()).sqrt()
+    angle = v * (2 * math.pi * 2.0**-24)
+    normal = torch.cat([radius * angle.cos(), radius * angle.sin()])
+    return normal[: count * loc.numel()].view(count, *loc.shape)
 
 
 def log_sigmoid_sum(s: Tensor) -> Tensor:
     r"""Return the sum of log-sigmoids over the last dimension, in operations that fuse to one pass.
 
-    .. math:: \sum_d \log \sigma(s_d) = \sum_d \min(s_d, 0) + \log \prod_d \sigma(|s_d|)
+    .. math:: \sum_d \log \sigma(s_d) = \sum_d \min(s_d, 0) - \log \prod_d (1 + e^{-|s_d|})
 
-    Every factor is in [1/2, 1], so products of up to 64 are far from the smallest float32.
+    Every factor is in [1, 2], so products of up to 64 are far from the largest float32.
     """
     width = s.shape[-1]
     lanes = 16 * -(-width // (16 * 64))  # as wide as vector registers, or a multiple
     whole = width // lanes * lanes
-    products = s[..., :whole].abs().sigmoid().unflatten(-1, (-1, lanes)).prod(-2)
-    total = s.clamp(max=0).sum(-1) + products.log().sum(-1)
-    return total + s[..., whole:].abs().sigmoid().log().sum(-1) if whole < width else total
+    negative, factors = s.clamp(max=0), 1 + (-s.abs()).exp()
+    sums = negative[..., :whole].unflatten(-1, (-1, lanes)).sum(-2)
+    products = factors[..., :whole].unflatten(-1, (-1, lanes)).prod(-2)
+    total = (sums - products.log()).sum(-1)
+    if whole < width:
+        total = total + (negative - factors.log())[..., whole:].sum(-1)
+    return total
 
 
 def log_of_product_(factors: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -166,9 +245,13 @@ def _layers(network: MLP) -> list[Layer]:
             continue
         weight, bias = scale * linear.weight, linear.bias - (scale - 1) * linear.weight.sum(1)
         scale = 2 if isinstance(after, nn.Tanh) else 1
-        activate = _IN_PLACE.get(type(after), lambda h: h)
+        activate = _IN_PLACE.get(type(after), _unchanged)
         layers.append(Layer((scale * weight).T.contiguous(), scale * bias, activate))
     return layers
+
+
+def _unchanged(h: Tensor) -> Tensor:
+    return h
 
 
 _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {

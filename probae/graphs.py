@@ -135,7 +135,7 @@ def compiled(
     inputs: list[Tensor],
     known: dict[Any, Callable[..., Any]] | None = None,
 ) -> Callable[..., list[Tensor]]:
-    """Return a function of tensors as machine code for inputs of these shapes and strides.
+    """Return a function of tensors as machine code for inputs of these shapes.
 
     The inputs are distinct tensors: a record could not tell one from itself in another place.
     Tensors that it uses beside its inputs are those of now. Call it under
@@ -161,7 +161,16 @@ def compiled(
         require_equal(run(*inputs, *constants), expected, [f"result {i}" for i in range(9)])
     finally:
         set_random_state(noise, device)
-    return lambda *inputs: run(*inputs, *constants)
+    strides = [tensor.stride() for tensor in inputs]
+    return lambda *inputs: run(*map(_laid_out, inputs, strides), *constants)
+
+
+def _laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Return the tensor as it lies in memory for machine code, which does not look."""
+    if tensor.stride() == stride:
+        return tensor
+    there = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return there.copy_(tensor)
 
 
 def _lifted(graph: torch.fx.GraphModule) -> list[Tensor]:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 import probae
 from probae import fast_weights as module
 from probae.autoencoder import frozen
-from probae.fast_weights import LEAST, fast_weights, log_of_product_
+from probae.fast_weights import LEAST, as_normal, fast_weights, log_of_product_, raw_noise
 from probae.importance import plain_weights
 
 X = (1, 5, 7)
@@ -37,6 +38,50 @@ PAIRS: dict[str, Callable[[], probae.Autoencoder]] = {
 }
 
 
+@pytest.fixture
+def noise_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the fast path draw as Pyro does, in float32, too."""
+
+    def raw_noise(count: int, loc: Tensor) -> Tensor:
+        return torch.randn(count, *loc.shape, dtype=loc.dtype)
+
+    monkeypatch.setattr(module, "raw_noise", raw_noise)
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 2_000_000])
+def test_noise_is_normal(size: int) -> None:
+    loc = torch.zeros(size)
+    torch.manual_seed(0)
+    first, second = (as_normal(raw_noise(1, loc), 1, loc).double() for _ in range(2))
+    assert first.shape == (1, size)
+    assert not torch.equal(first, second)
+    if size > 1000:  # failure rates of 1e-4 each
+        assert stats.kstest(first[0].numpy(), "norm").pvalue > 1e-4
+        counts = torch.histc(torch.special.ndtr(first), 500, 0, 1).numpy()
+        assert stats.chisquare(counts).pvalue > 1e-4
+        half = size // 2  # the two of a pair, neighbours, and draws one after the other
+        for a, b in ((first[:, :half], first[:, half:]), (first[:, 1:], first[:, :-1])):
+            assert abs(float((a * b).mean())) * a.numel() ** 0.5 < 3.9
+        assert abs(float((first * second).mean())) * size**0.5 < 3.9
+        assert 4.8 < first.abs().max() < 5.9  # of 2e6 draws: 1e-4 each way
+
+
+def test_noise_of_all_bits_is_finite() -> None:
+    words = torch.tensor([0, -1, 2**63 - 1, -(2**63)], dtype=torch.int64)
+    normal = as_normal(words, 1, torch.zeros(8))
+    assert normal.isfinite().all()
+    assert normal.abs().max() < 5.8
+
+
+def test_noise_in_float64_is_that_of_torch() -> None:
+    loc = torch.zeros(3, 2, dtype=torch.float64)
+    torch.manual_seed(1)
+    ours = as_normal(raw_noise(4, loc), 4, loc)
+    torch.manual_seed(1)
+    assert torch.equal(ours, torch.randn(4, 3, 2, dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("noise_of_torch")
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_both_paths_give_the_same_weights(name: str, dtype: torch.dtype) -> None:
@@ -85,6 +130,7 @@ def test_products_of_sigmoids_own_up_to_lost_digits(width: int) -> None:
     assert lost > 0
 
 
+@pytest.mark.usefixtures("noise_of_torch")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_hopeless_codes_get_their_weights_too(dtype: torch.dtype) -> None:
     pair, x = vae().to(dtype), binary(4, dtype)

@@ -30,9 +30,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
         return graph
 
     monkeypatch.setattr(graphs, "machine_code", as_it_is)
-    fast_weights._compiled_sum.cache_clear()
+    fast_weights._compiled_log_weights.cache_clear()
     yield made
-    fast_weights._compiled_sum.cache_clear()
+    fast_weights._compiled_log_weights.cache_clear()
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_evaluation_by_graphs_gives_the_same_values(
 @pytest.mark.parametrize("name", ["fast", "gaussian"])
 def test_evaluation_in_machine_code(name: str) -> None:
     pair, x = PAIRS[name](), binary()
-    fast_weights._compiled_sum.cache_clear()
+    fast_weights._compiled_log_weights.cache_clear()
     expected = probae.log_likelihood(pair, x, "iwae", 300, compile=False)
     found = probae.log_likelihood(pair, x, "iwae", 300, compile=True)
     torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-4)
@@ -286,6 +286,20 @@ def test_what_is_no_tensor_is_noticed(interpreted: list) -> None:
     calls = itertools.count()
     with pytest.raises(CannotCompile, match="gives another result 0 than the program"):
         compiled(lambda x: [x + next(calls)], [torch.ones(3)])
+
+
+@pytest.mark.parametrize("made", ["interpreted", "machine code"])
+def test_inputs_may_lie_otherwise_in_memory(made: str, request: pytest.FixtureRequest) -> None:
+    if made == "interpreted":
+        request.getfixturevalue("interpreted")
+    wide = torch.rand(4, 6)
+    run = compiled(lambda a, b: [a @ b + a.sum()], [torch.rand(3, 4), wide[:, 1:]])
+    for a, b in (
+        (torch.rand(4, 3).T, torch.rand(5, 4).T),
+        (torch.rand(1, 4).expand(3, 4), torch.rand(4, 5)),
+        (torch.rand(6, 4)[::2], torch.rand(4, 6)[:, 1:]),
+    ):
+        torch.testing.assert_close(run(a, b)[0], a @ b + a.sum())
 
 
 def test_constants_are_inputs_of_machine_code(interpreted: list) -> None:
