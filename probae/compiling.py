@@ -22,6 +22,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .autoencoder import Autoencoder, random_state, set_random_state
 from .batches import TrainingData
@@ -218,14 +219,13 @@ class CompiledStep:
     def step(self, source: Tensor) -> float | None:
         """Take a step and return the loss; None where an eager step is due, and all is as before.
 
-        It is where the loss or a gradient is not finite, or a sum of gradients overflows; and where
-        weights began or ceased to decay, of which the graph does not know.
+        It is where the loss or a gradient is not finite, or a bound of gradients overflows; and
+        where weights began or ceased to decay, of which the graph does not know.
         """
         if self.decays != [_decay(self.optim, k) for k in range(len(self.decays))]:
             self.leave()
             return None
         noise = random_state(self.device)
-        self.own_steps += 1
         inputs, numbers = self._drawn_from(source), self._numbers()
         if self.captured is not None:
             loss, *gradients = self.captured(source, numbers)
@@ -233,10 +233,10 @@ class CompiledStep:
             loss, *gradients = self.run(*inputs, numbers, *self.state)
         value = float(loss)
         if not math.isfinite(value):
-            self.own_steps -= 1
             set_random_state(noise, self.device)
             self.leave()
             return None
+        self.own_steps += 1
         if not self.adam:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
@@ -274,7 +274,8 @@ class CompiledStep:
         settings = [float(getattr(self.objective, "beta", 1.0)), self.clip_norm or math.inf]
         for group in self.optim.param_groups if self.adam else ():
             group = group | replaced if replaced else group
-            settings += [float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]]
+            values = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+            settings += map(float, values)
         if settings != self.settings:  # a new tensor takes longer than some kernels
             self.settings = settings
             self.numbers = torch.tensor(settings, dtype=torch.float64, device=self.device)
@@ -314,11 +315,11 @@ class CompiledStep:
             return [loss, *gradients]
         steps = state[-1] + 1
         settings = numbers[2:].unflatten(0, (len(self.optim.param_groups), -1))
-        rates = _rates(settings, steps, self.pair.dtype)
+        rates = {dtype: _rates(settings, steps, dtype) for dtype in {p.dtype for p in parameters}}
         update(state[-1], steps)
         for k, p in enumerate(parameters):
             group = self.groups[k]
-            new = _adam(p, gradients[k], m[k], v[k], rates[group], self.decays[group])
+            new = _adam(p, gradients[k], m[k], v[k], rates[p.dtype][group], self.decays[group])
             for tensor, value in zip((p, m[k], v[k]), new, strict=True):
                 update(tensor, value)
         return [loss]
@@ -367,7 +368,7 @@ class Factors(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.of: dict[int, tuple[Tensor, ...]] = {}  # by address
+        self.of: dict[int, tuple[Tensor, ...]] = {}  # by address: both factors, and the product
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -375,28 +376,44 @@ class Factors(TorchDispatchMode):
         """Take note of products, which are kept, as another tensor would get their memory."""
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.aten.mm.default:
-            self.of[result.untyped_storage().data_ptr()] = (*args, result)
-        elif function._schema.is_mutable and isinstance(args[0], Tensor):
-            self.of.pop(args[0].untyped_storage().data_ptr(), None)
+            self.of[_address(result)] = (*args, result)
+        elif function._schema.is_mutable:
+            self._forget([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
         return result
+
+    def _forget(self, tensors: list[Tensor]) -> None:
+        """Forget what may have changed, as a product or as a factor."""
+        changed = {_address(tensor) for tensor in tensors}
+        self.of = {
+            address: known
+            for address, known in self.of.items()
+            if changed.isdisjoint(map(_address, known))
+        }
 
     def bounds(self, tensors: list[Tensor]) -> Iterator[Tensor]:
         """Yield a number of each tensor that is not finite where an entry is not.
 
-        Of a product it is by Cauchy and Schwarz |AB| <= |A| |B|, which takes fewer numbers to read
-        than the product has; of any other tensor its sum.
+        Of a product with more entries than its factors it is by Cauchy and Schwarz |AB| <= |A| |B|,
+        where fewer numbers are read; of any other tensor its sum, in two steps, as Inductor is slow
+        at long sums.
         """
         for tensor in tensors:
-            a, b, *_ = self.of.get(tensor.untyped_storage().data_ptr(), ()) or (None, None)
-            if a is None or b is None:
-                yield tensor.sum()
+            *factors, product = self.of.get(_address(tensor), (tensor,))
+            if factors and sum(factor.numel() for factor in factors) < product.numel():
+                a, b = factors
+                yield _squared_norm(a).sqrt() * _squared_norm(b).sqrt()
             else:
-                yield _squared_norm(a) * _squared_norm(b)
+                yield tensor.sum(0).sum()
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _squared_norm(matrix: Tensor) -> Tensor:
     rows = matrix if matrix.is_contiguous() else matrix.t()
-    return rows.float().square().sum(-1).sum()  # in two steps, as Inductor is slow at long sums
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return rows.square().sum(-1).sum()
 
 
 @contextlib.contextmanager

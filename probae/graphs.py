@@ -137,7 +137,8 @@ def compiled(
 ) -> Callable[..., list[Tensor]]:
     """Return a function of tensors as machine code for inputs of these shapes.
 
-    The inputs are distinct tensors: a record could not tell one from itself in another place.
+    The inputs are distinct tensors: a record could not tell one from itself in another place. They
+    stay as they are.
     Tensors that it uses beside its inputs are those of now. Call it under
     :func:`probae.precision.float32_products`, or not, as the result. Machine code goes into
     ``known``, and comes from there for a function of the same operations on other tensors.
@@ -254,6 +255,8 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
     try:
         with (
             torch._inductor.config.patch(options),
+            # of what that keeps, the inner function is no part
+            torch._functorch.config.patch(enable_autograd_cache=False),
             warnings.catch_warnings(),
             mock.patch.object(logging.getLogger("torch._inductor.ir"), "warning"),
         ):
@@ -265,9 +268,9 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
         raise CannotCompile(
             f"Inductor failed with {type(error).__name__}: {_first_line(error)}"
         ) from error
-    if on_cpu and len(inner) == 1:
+    call = getattr(inner[0], "current_callable", None) if on_cpu and len(inner) == 1 else None
+    if call is not None:
         # what is around it cares for gradients and aliases, and takes longer than some kernels do
-        call = inner[0].current_callable
         return lambda *inputs: call([*inputs, *constants])
     return lambda *inputs: code(*inputs, *constants)
 

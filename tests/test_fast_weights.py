@@ -66,6 +66,18 @@ def test_noise_is_normal(size: int) -> None:
         assert 4.8 < first.abs().max() < 5.9  # of 2e6 draws: 1e-4 each way
 
 
+def test_noise_has_the_dtype_of_the_pair() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        pair, x = vae().float(), binary(4, torch.float32)
+        values = probae.log_likelihood(pair, x, "iwae", 50).values
+        loc = torch.zeros(2, dtype=torch.float32)
+        assert as_normal(raw_noise(3, loc), 3, loc).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert values.isfinite().all()
+
+
 def test_noise_of_all_bits_is_finite() -> None:
     words = torch.tensor([0, -1, 2**63 - 1, -(2**63)], dtype=torch.int64)
     normal = as_normal(words, 1, torch.zeros(8))

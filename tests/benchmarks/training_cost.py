@@ -31,6 +31,11 @@ AXES = {
     "particles": "particles of IWAE",
     "num_data": "training data",
 }
+STYLES: dict[str, dict[str, Any]] = {
+    OURS: {"marker": "o", "color": "C0"},
+    RIVAL: {"marker": "s", "color": "C1", "linestyle": "--"},
+    FLOOR: {"marker": "x", "color": "0.4", "linestyle": ":"},
+}
 
 
 def problem(name: str, value: int) -> Problem:
@@ -60,24 +65,52 @@ def text(row: dict[str, Any]) -> str:
     return line + f"; epoch {seconds[OURS] * row['steps']:.2f} s"
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return milliseconds per step, one column for each point of the curves."""
+    lines = []
+    for name in dict.fromkeys(row["curve"] for row in rows):
+        points = [row for row in rows if row["curve"] == name]
+        lines += [
+            f"| {AXES[name]} | " + " | ".join(f"{row['value']:,}" for row in points) + " |",
+            "|---|" + "---|" * len(points),
+        ]
+        for who in STYLES:
+            cells = [f"{1e3 * row['seconds'][who]:.2f}" for row in points]
+            lines.append(f"| {who} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def picture(rows: list[dict[str, Any]], file: Path) -> None:
     """Draw one panel for each curve."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     names = list(dict.fromkeys(row["curve"] for row in rows))
-    figure = Figure(figsize=(3.2 * len(names), 3.2), layout="constrained")
+    figure = Figure(figsize=(3 * len(names), 3.6), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
-    styles = {OURS: ("o", "-"), RIVAL: ("s", "--"), FLOOR: ("x", ":")}
     for name, ax in zip(names, panels, strict=True):
         points = [row for row in rows if row["curve"] == name]
-        for who, (marker, line) in styles.items():
-            values = [1e3 * row["seconds"].get(who, float("nan")) for row in points]
-            at = [row["value"] for row in points]
-            ax.plot(at, values, marker=marker, linestyle=line, label=who)
+        at = [row["value"] for row in points]
+        whole = name == "num_data"  # of which a step knows nothing: an epoch's seconds
+        for who, style in STYLES.items():
+            values = [row["seconds"][who] * (row["steps"] if whole else 1e3) for row in points]
+            ax.plot(at, values, label=who, **style)
         ax.set(xscale="log", yscale="log", xlabel=AXES[name])
-    panels[0].set_ylabel("milliseconds per step")
-    panels[0].legend(fontsize="small")
-    figure.suptitle("Cost of a training step, VAE 784-400-20-400-784 but for what is moved")
+        ax.set_ylabel("seconds per epoch" if whole else "ms per step")
+        ax.set_xticks(at, [f"{value:,}" for value in at], fontsize="small")
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.tick_params(axis="y", labelsize="small")
+        ax.grid(alpha=0.3)
+    figure.suptitle(
+        "Cost of training a VAE 784-400-20-400-784, batch 128, as one number is moved: "
+        "less is better"
+    )
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(STYLES))
     figure.savefig(file, dpi=120)
 
 
@@ -92,6 +125,7 @@ def main() -> None:
     rows = measure(arguments.curve, arguments.rounds)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        arguments.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
     if arguments.picture is not None:
         picture(rows, arguments.picture)
 

@@ -1,13 +1,13 @@
 """Time of a training step: probae, raw Pyro, plain torch, NumPyro's jitted epoch, and pythae.
 
 All train the same pair, 784-400-20-400-784 with ReLU and a Bernoulli likelihood, by Adam, on the
-same synthetic images in memory, shuffled at every epoch. The contestants take turns of an epoch,
-each in a process of its own, as in one process libraries take each other's threads and caches; what
-counts are the medians over the turns, and their ratios. Compilation is not counted (fit says what
-it cost), all else that a contestant does in an epoch is. Each contestant is as fast as its own
-means allow: Pyro runs without argument checks, torch with its fused Adam. The pairs are a VAE, for
-all; and for probae and NumPyro a sparse autoencoder with a proper posterior (Laplace both ways), a
-denoising VAE (a tenth of the pixels flipped), and the VAE under IWAE(5).
+same synthetic images in memory, shuffled at every epoch. The contestants take turns of three
+epochs, each in a process of its own, as in one process libraries take each other's threads and
+caches; what counts are the medians over the turns, and their ratios. Compilation is not counted
+(fit says what it cost), all else that a contestant does in an epoch is. Each contestant is as fast
+as its own means allow: Pyro runs without argument checks, torch with its fused Adam. The pairs are
+a VAE, for all; and for probae and NumPyro a sparse autoencoder with a proper posterior (Laplace
+both ways), a denoising VAE (a tenth of the pixels flipped), and the VAE under IWAE(5).
 
     pip install 'jax[cpu]' numpyro pythae
     python -m tests.benchmarks.training_speed --batch-size 128 1000 --out speed.json
