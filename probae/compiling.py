@@ -21,8 +21,6 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .autoencoder import Autoencoder, random_state, set_random_state
 from .batches import TrainingData
@@ -30,6 +28,7 @@ from .checks import chunks
 from .corruptions import Corruption
 from .cuda_graphs import CannotCapture, CudaGraph
 from .distributions import draw_bits
+from .gradient_bounds import Products
 from .graphs import CannotCompile, machine_code, record, require_equal
 from .objectives import ELBO, at_the_end
 from .precision import products_in
@@ -298,9 +297,9 @@ class CompiledStep:
         objective = _with_weight(self.objective, numbers[0].to(batch.dtype))
         with _swapped(self.pair, tensors), products_in(self.precision):
             loss = objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
-        with Factors() as factors:
+        with Products() as products:
             gradients = list(torch.autograd.grad(loss / len(batch), leaves))
-        finite = sum(factors.bounds(gradients), start=loss.detach()).isfinite()
+        finite = sum(products.bounds(gradients), start=loss.detach()).isfinite()
         loss = torch.where(finite, loss.detach(), math.nan)
         if self.clip_norm is not None:
             gradients = _clipped(gradients, numbers[1])
@@ -361,59 +360,6 @@ class CompiledStep:
     ) -> dict[str, Tensor]:
         names = ["loss", *(f"gradient of {n}" for n in self.names), *self.other_names]
         return dict(zip(names, (loss, *gradients, *others), strict=True))
-
-
-class Factors(TorchDispatchMode):
-    """Knows of tensors made meanwhile what matrices they are the products of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: dict[int, tuple[Tensor, ...]] = {}  # by address: both factors, and the product
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Take note of products, which are kept, as another tensor would get their memory."""
-        result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten.mm.default:
-            self.of[_address(result)] = (*args, result)
-        elif function._schema.is_mutable:
-            self._forget([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
-        return result
-
-    def _forget(self, tensors: list[Tensor]) -> None:
-        """Forget what may have changed, as a product or as a factor."""
-        changed = {_address(tensor) for tensor in tensors}
-        self.of = {
-            address: known
-            for address, known in self.of.items()
-            if changed.isdisjoint(map(_address, known))
-        }
-
-    def bounds(self, tensors: list[Tensor]) -> Iterator[Tensor]:
-        """Yield a number of each tensor that is not finite where an entry is not.
-
-        Of a product with more entries than its factors it is by Cauchy and Schwarz |AB| <= |A| |B|,
-        where fewer numbers are read; of any other tensor its sum, in two steps, as Inductor is slow
-        at long sums.
-        """
-        for tensor in tensors:
-            *factors, product = self.of.get(_address(tensor), (tensor,))
-            if factors and sum(factor.numel() for factor in factors) < product.numel():
-                a, b = factors
-                yield _squared_norm(a).sqrt() * _squared_norm(b).sqrt()
-            else:
-                yield tensor.sum(0).sum()
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _squared_norm(matrix: Tensor) -> Tensor:
-    rows = matrix if matrix.is_contiguous() else matrix.t()
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return rows.square().sum(-1).sum()
 
 
 @contextlib.contextmanager

@@ -57,9 +57,7 @@ def fast_weights(
         (proposal is None and altered)
         or type(pair.prior) is not StandardNormalPrior
         or type(encoder) is not GaussianEncoder
-        or not all(
-            type(m).__module__.startswith(("probae.", "torch.nn.")) for m in encoder.modules()
-        )
+        or not all(type(m).__module__.startswith(_KNOWN) for m in encoder.modules())
         or type(decoder) is not BernoulliDecoder
         or type(decoder.network) is not MLP
         or decoder.network.out_activation is not None
@@ -131,7 +129,7 @@ def _compiled_log_weights(
     device: torch.device,
     threads: int,
 ) -> Callable[..., list[Tensor]]:
-    """Return :func:`log_weights` for layers of these sizes and (K, N) = ``shape``."""
+    """Return :func:`fused_log_weights` for layers of these sizes and (K, N) = ``shape``."""
     count, data = shape
     z_dim, width = sizes[0][0], sizes[-1][1]
     new = partial(torch.rand, dtype=dtype, device=device)
@@ -140,10 +138,10 @@ def _compiled_log_weights(
         codes = [new(data, z_dim), new(data, z_dim), new(z_dim), 1 + new(z_dim)]
         signs = new(data, width).round() * 2 - 1
         example = [raw_noise(count, codes[0]), *codes, new(data), signs, *layers]
-    return compiled(lambda *tensors: [log_weights(count, activations, *tensors)], example)
+    return compiled(lambda *tensors: [fused_log_weights(count, activations, *tensors)], example)
 
 
-def log_weights(
+def fused_log_weights(
     count: int,
     activations: tuple[Callable[[Tensor], Tensor], ...],
     noise: Tensor,
@@ -260,5 +258,5 @@ _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.Sigmoid: Tensor.sigmoid_,
     nn.ReLU: Tensor.relu_,
 }
-_KNOWN = ("probae.", "torch.nn.")  # modules of others may hold Pyro sites of their own
 _LAYERS = (MLP, nn.Sequential, nn.Linear)
+_KNOWN = ("probae.", "torch.nn.")  # modules of others may hold Pyro sites of their own
