@@ -25,6 +25,7 @@ from .checks import check_support, chunks, prior_of, require_gradients, require_
 from .datasets import as_tensor
 from .discriminators import Discriminator, NoEncoder
 from .distributions import is_flat, mean_of
+from .layout import set_gradients
 from .memory import counts, rows_in_budget
 from .monitoring import broken_parameter
 from .part import as_number, require_count, require_flag, require_positive
@@ -323,8 +324,7 @@ class _Player:
     def step(self, loss: Tensor) -> None:
         """Take a step on these parameters alone; the other player's gradients are not computed."""
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+        set_gradients(self.parameters, gradients)
         self.optim.step()
         self.optim.zero_grad(set_to_none=True)
 

@@ -30,6 +30,7 @@ from .cuda_graphs import CannotCapture, CudaGraph
 from .distributions import draw_bits
 from .gradient_bounds import Products
 from .graphs import CannotCompile, machine_code, record, require_equal
+from .layout import set_gradients
 from .objectives import ELBO, at_the_end
 from .precision import products_in
 
@@ -237,8 +238,7 @@ class CompiledStep:
             return None
         self.own_steps += 1
         if not self.adam:
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient
+            set_gradients(self.parameters, gradients)
             self.optim.step()
         return value
 

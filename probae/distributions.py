@@ -41,7 +41,7 @@ class GreyBernoulli(dist.Bernoulli):
         if self._validate_args:
             self._validate_sample(value)
         if RECORDING.get():
-            return value * self.logits - _softplus(self.logits)
+            return value * self.logits - _Softplus.apply(self.logits)
         return (value * self.logits).sub_(softplus(self.logits))
 
 
@@ -52,9 +52,30 @@ def draw_bits(probs: Tensor) -> Tensor:
     return (uniform < probs).to(probs.dtype)
 
 
-def _softplus(x: Tensor) -> Tensor:
-    """Return softplus(x) up to 1e-7, or 1e-16: machine code is slow at log1p, and fast at log."""
-    return torch.maximum(x, x.new_zeros(())) + (1 + (-x.abs()).exp()).log()  # d/dx is ½ at 0
+class _Softplus(torch.autograd.Function):
+    """Softplus by what machine code is fast at: it has vectors for all but the exponential.
+
+    log(1 + e) = 2 artanh(s) with s = e / (2 + e) is a series in s² of at most 1/9, of which seven
+    terms leave 2e-8 of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        e = (-x.abs()).exp()
+        if x.dtype == torch.float64:
+            return x.clamp(min=0) + e.log1p()
+        s = e / (2 + e)
+        square, tail = s.square(), torch.zeros_like(s)
+        for k in (13, 11, 9, 7, 5, 3):
+            tail = square * (tail + 1 / k)
+        return x.clamp(min=0) + 2 * s * (1 + tail)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        e = (-x.abs()).exp()
+        return gradients[0] * torch.where(x < 0, e, 1.0) / (1 + e)
 
 
 class ContinuousBernoulli(dist.TorchDistribution):

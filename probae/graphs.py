@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .autoencoder import random_state, set_random_state
+from .layout import laid_out
 from .part import RECORDING
 
 INDUCTOR = {
@@ -163,15 +164,7 @@ def compiled(
     finally:
         set_random_state(noise, device)
     strides = [tensor.stride() for tensor in inputs]
-    return lambda *inputs: run(*map(_laid_out, inputs, strides), *constants)
-
-
-def _laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """Return the tensor as it lies in memory for machine code, which does not look."""
-    if tensor.stride() == stride:
-        return tensor
-    there = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
-    return there.copy_(tensor)
+    return lambda *inputs: run(*map(laid_out, inputs, strides), *constants)
 
 
 def _lifted(graph: torch.fx.GraphModule) -> list[Tensor]:

@@ -21,6 +21,7 @@ from .autoencoder import Autoencoder, RandomState, random_state, set_random_stat
 from .batches import NOT_FINITE, MappedRows, TrainingData
 from .compiling import Accelerator, CompiledStep
 from .interrupts import Interrupts
+from .layout import lay_out_state, set_gradients
 from .monitoring import (
     broken_gradient,
     broken_parameter,
@@ -319,8 +320,12 @@ class Training:
             for norm in self.norms if idle else ():
                 if norm.num_batches_tracked is not None:
                     norm.num_batches_tracked += 1
-            for p, flag, mean in zip(owners, sums[2:], means[len(statistics) :], strict=True):
-                p.grad = mean.view_as(p).to(p.dtype).clone() if flag > 0 else None
+            of_owners = zip(owners, sums[2:], means[len(statistics) :], strict=True)
+            gradients = [
+                mean.view_as(p).to(p.dtype, copy=True) if flag > 0 else None
+                for p, flag, mean in of_owners
+            ]
+            set_gradients(owners, gradients)
         assert isinstance(batch, Tensor)
         self.update(batch, places, streams)
         return summed, size
@@ -462,7 +467,7 @@ class Training:
                 raise TypeError(f"epoch {saved['epoch']}, step {saved['step']} are none")
             _require_state(self.optim, saved["optimizer"])
             self.optim.load_state_dict(saved["optimizer"])
-            _lay_out(self.optim)
+            lay_out_state(self.optim)
             if self.scheduler is not None:
                 hidden = [
                     key for key in saved["scheduler"] if callable(getattr(self.scheduler, key, 0))
@@ -596,18 +601,6 @@ def _require_state(optim: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
                 continue
             if not isinstance(value, Tensor) or value.shape != size:
                 raise TypeError(f"optimizer has {name} of another shape than parameter {i}")
-
-
-def _lay_out(optim: torch.optim.Optimizer) -> None:
-    """Lay the state of an optimizer out in memory as its parameters are, as at the start.
-
-    Checkpoints hold contiguous tensors; kernels that fuse go through parameter and state alike.
-    """
-    for p in (p for group in optim.param_groups for p in group["params"]):
-        for name, value in optim.state[p].items() if p in optim.state else ():
-            if isinstance(value, Tensor) and value.shape == p.shape and value.dim() > 1:
-                like = torch.empty_like(p, dtype=value.dtype, device=value.device)
-                optim.state[p][name] = like.copy_(value)
 
 
 def versions() -> dict[str, str]:

@@ -120,7 +120,8 @@ def objective_loss(pair: Autoencoder, objective: pyro.infer.ELBO, x: Tensor) -> 
 def broken_parameter(pair: Autoencoder) -> str | None:
     """Name a parameter that is not finite, and the site of its part."""
     for name, parameter in pair.named_parameters():
-        if not parameter.isfinite().all():
+        # a sum first, as the cheapest look at all; it may overflow where no number is infinite
+        if not parameter.detach().sum().isfinite() and not parameter.isfinite().all():
             return f"parameter {name} is not finite{_site_of(name)}"
     return None
 

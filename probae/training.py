@@ -27,6 +27,7 @@ from .compiling import Accelerator, CompiledStep, eager_seconds, operations
 from .files import held
 from .graphs import require_mode
 from .interrupts import Interrupts
+from .layout import weights_transposed
 from .loop import Best, Training, part_streams, set_streams, streams_of_all
 from .monitoring import bound_on, kind_of_loss
 from .objectives import ELBO, PerDatumObjective
@@ -251,6 +252,7 @@ def fit(
             monitor = data.some(1000) if held_out is None else held_out.all()
         stack.enter_context(local_parameters())
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(weights_transposed(pair))  # as an optimizer's state will
         if distributed.world_size() > 1 and data.size is None:
             raise ValueError("x must have a length to be trained on by several processes")
         parameters = [p for p in pair.parameters() if p.requires_grad]
