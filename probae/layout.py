@@ -32,7 +32,7 @@ def weights_transposed(module: nn.Module) -> Iterator[None]:
             _put(weight, data.copy_(weight.data))
 
 
-def _put(parameter: nn.Parameter, data: Tensor) -> None:
+def _put(parameter: Tensor, data: Tensor) -> None:
     """Let a parameter, and its gradient, lie as these data do."""
     parameter.data = data
     if parameter.grad is not None:

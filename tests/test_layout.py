@@ -1,4 +1,4 @@
-"""How tensors lie in memory while a pair is trained, and that fused kernels meet them as they lie."""
+"""How tensors lie in memory while a pair is trained, and what fused kernels make of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import probae
-from probae.layout import lay_out_state, laid_out, set_gradients, weights_transposed
+from probae.layout import laid_out, lay_out_state, set_gradients, weights_transposed
 
 
 def layers() -> nn.Module:
@@ -33,7 +33,8 @@ def test_weights_lie_transposed_inside_and_as_before_after() -> None:
         module[:2](x).sum().backward()
         with torch.no_grad():
             module[0].weight[1, 2] = 7.0
-    assert module[0].weight.is_contiguous() and module[0].weight.data_ptr() == memory
+    assert module[0].weight.is_contiguous()
+    assert module[0].weight.data_ptr() == memory
     assert module[0].weight[1, 2] == 7.0  # what was done inside stays
     assert module[0].weight.grad.is_contiguous()
 
@@ -57,7 +58,8 @@ def test_fused_optimizers_meet_gradients_and_state_as_parameters_lie(
         optim = optimizer([p], lr=0.1, fused=fused)
         for _ in range(3):
             set_gradients([p], [gradient])
-            assert p.grad is not None and p.grad.stride() == p.stride()
+            assert p.grad is not None
+            assert p.grad.stride() == p.stride()
             optim.step()
             state = {k: t.contiguous() for k, t in optim.state[p].items() if t is not None}
             optim.state[p].update(state)  # as from a checkpoint
