@@ -46,7 +46,15 @@ class GreyBernoulli(dist.Bernoulli):
 
 
 def draw_bits(probs: Tensor) -> Tensor:
-    """Draw as :func:`torch.bernoulli` does, in half the time."""
+    """Draw as :func:`torch.bernoulli` does, up to 2⁻²¹ in the probability, in a third of the time.
+
+    On a processor torch draws by one thread, which gives three numbers of 21 bits at a time here.
+    """
+    if probs.device.type == "cpu":
+        words = torch.empty(-(-probs.numel() // 3), dtype=torch.int64).random_()
+        numbers = [words & 0x1FFFFF, (words >> 21) & 0x1FFFFF, words >> 42]
+        uniform = torch.cat([number.to(torch.float32) for number in numbers])[: probs.numel()]
+        return (uniform.view(probs.shape) < probs * 2.0**21).to(probs.dtype)
     dtype = torch.promote_types(probs.dtype, torch.float32)
     uniform = torch.rand(probs.shape, dtype=dtype, device=probs.device)
     return (uniform < probs).to(probs.dtype)
