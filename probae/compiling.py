@@ -22,7 +22,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from .autoencoder import Autoencoder, random_state, set_random_state
+from .autoencoder import Autoencoder, RandomState, random_state, set_random_state
 from .batches import TrainingData
 from .checks import chunks
 from .corruptions import Corruption
@@ -155,6 +155,7 @@ class CompiledStep:
         # by the count of the graph
         self.steps = torch.zeros((), dtype=torch.float64, device=self.device)
         self.state = [*(p.detach() for p in self.parameters), *self.others, *moments, self.steps]
+        self.rows = 0  # of the batches that the graph takes
         self.own_steps = 0  # of which the optimizer does not know
         self.counts = False  # whether the graph knows how many there were; on a GPU a look is slow
         self.settings: list[float] = []
@@ -169,7 +170,7 @@ class CompiledStep:
         Raises:
             CannotCompile: a program branches on values; there is no compiler; results differ.
         """
-        noise = random_state(self.device)
+        noise, self.rows = random_state(self.device), len(source)
         if self._gathers and not self.data.binarize:
             for rows, _ in chunks(self.data.tensor):
                 self._check_domain(rows)
@@ -222,7 +223,7 @@ class CompiledStep:
         It is where the loss or a gradient is not finite, or a bound of gradients overflows; and
         where weights began or ceased to decay, of which the graph does not know.
         """
-        if self.decays != [_decay(self.optim, k) for k in range(len(self.decays))]:
+        if self._decays_otherwise:
             self.leave()
             return None
         noise = random_state(self.device)
@@ -242,12 +243,52 @@ class CompiledStep:
             self.optim.step()
         return value
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether steps follow each other without more than `go_on` does between them."""
+        alone = self.captured is None and not self._decays_otherwise
+        return alone and self.adam and self._gathers
+
+    def go_on(self, sources: Iterator[Tensor], seconds: float) -> tuple[list[float], Tensor | None]:
+        """Take steps for that long, at the settings of now; between them is next to nothing.
+
+        Returns their losses, and a batch that is the caller's to take, where it came to one.
+        """
+        noise, until = random_state(self.device), time.perf_counter() + seconds
+        numbers, losses, taken = self._numbers(), list[float](), list[Tensor]()
+        run, data, state, rows = self.run, self.data.tensor, self.state, self.rows
+        for source in sources:
+            if len(source) != rows:
+                return losses, source
+            value = float(run(data, source, numbers, *state)[0])
+            if not math.isfinite(value):
+                self._draw_again(noise, taken, numbers)
+                return losses, source
+            losses.append(value)
+            taken.append(source)
+            self.own_steps += 1
+            if time.perf_counter() > until:
+                break
+        return losses, None
+
+    def _draw_again(self, noise: RandomState, taken: list[Tensor], numbers: Tensor) -> None:
+        """Move the random stream on from there as the steps did; they draw as many numbers."""
+        set_random_state(noise, self.device)
+        state = [tensor.clone() for tensor in self.state]
+        for source in taken:
+            self.run(self.data.tensor, source, numbers, *state)
+
     def leave(self) -> None:
         """Tell the optimizer how many steps there were, before it takes one of its own."""
         if self.adam:
             for parameter in self.parameters:
                 self.optim.state[parameter]["step"] += self.own_steps
         self.own_steps, self.counts = 0, False
+
+    @property
+    def _decays_otherwise(self) -> bool:
+        """Whether weights began or ceased to decay since the graph was made."""
+        return self.decays != [_decay(self.optim, k) for k in range(len(self.decays))]
 
     @property
     def _gathers(self) -> bool:

@@ -374,6 +374,104 @@ def test_a_step_without_finite_loss_changes_nothing(interpreted: list) -> None:
     assert {float(s["step"]) for s in optim.state.values()} == {2.0}
 
 
+def test_steps_one_after_the_other_stop_where_a_loss_is_not_finite(interpreted: list) -> None:
+    data = torch.cat([bits(), torch.full((1, X), math.inf)])
+    good = [torch.arange(5), torch.arange(5, 10)]
+    bad, partial_batch = torch.arange(16, 21), torch.arange(3)
+    ends = []
+    for go_on in (False, True):
+        pair = vae()
+        optim = torch.optim.Adam(pair.parameters(), lr=0.1)
+        checked = probae.batches.TrainingData(pair, bits(21), "x", False)
+        probae.ELBO().differentiable_loss(pair.model, pair.guide, bits()).backward()
+        optim.step()
+        step = compiling.CompiledStep(pair, probae.ELBO(), checked, optim, None)
+        step.compile(good[0])
+        checked.tensor = data
+        torch.manual_seed(3)
+        if go_on:
+            assert step.can_go_on
+            losses, left = step.go_on(iter([*good, bad, good[0]]), seconds=100.0)
+            assert left is bad
+            more, left = step.go_on(iter([good[0], partial_batch]), seconds=100.0)
+            assert left is partial_batch
+            last, left = step.go_on(iter(good), seconds=0.0)  # one is always taken
+            assert left is None
+            losses += more + last
+        else:
+            losses = [step.step(source) for source in (*good, bad, good[0], good[0])]
+            assert losses.pop(2) is None
+        step.leave()
+        ends.append((losses, torch.get_rng_state(), pair.state_dict(), optim.state_dict()["state"]))
+    (losses, stream, tensors, state), (others, its_stream, its_tensors, its_state) = ends
+    assert losses == others
+    assert torch.equal(stream, its_stream)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, its_tensors[name]), name
+    for k, moments in state.items():
+        assert all(torch.equal(m, its_state[k][name]) for name, m in moments.items())
+
+
+@pytest.mark.parametrize("num_data", [40, 43])
+def test_steps_one_after_the_other_train_as_single_ones(
+    num_data: int, interpreted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, go_on = [], compiling.CompiledStep.go_on
+
+    def noted(*args: Any, **keywords: Any) -> Any:
+        losses, left = go_on(*args, **keywords)
+        taken.extend(losses)
+        return losses, left
+
+    monkeypatch.setattr(compiling.CompiledStep, "go_on", noted)
+    monkeypatch.setattr(probae.loop, "WHILE", math.inf)
+    runs = []
+    for steady in (True, False):
+        pair = vae()
+        if not steady:
+            monkeypatch.setattr(probae.loop.Training, "is_steady", False)
+        run = fit(pair, bits(num_data), epochs=3, batch_size=4, compile=True, seed=0)
+        runs.append((run.history["loss"], run.history["elbo"], pair.state_dict()))
+        assert len(taken) == 28
+    assert runs[0][:2] == runs[1][:2]
+    for name, tensor in runs[0][2].items():
+        assert torch.equal(tensor, runs[1][2][name]), name
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"objective": probae.ELBO(beta=LinearWarmup(2))},
+        {"schedule": "cosine"},
+        {"on_fault": "skip"},
+        {"optimizer": torch.optim.SGD},
+    ],
+    ids=["beta", "rate", "skip", "sgd"],
+)
+def test_steps_whose_settings_change_are_single(
+    keywords: dict[str, Any], interpreted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling.CompiledStep, "go_on", gone)
+    fit(vae(), bits(40), epochs=2, batch_size=4, compile=True, **keywords)
+
+
+def test_a_fault_among_steps_one_after_the_other_is_named_as_eagerly(interpreted: list) -> None:
+    x = bits(40)
+    x[11] = 9.0  # beyond what the encoder takes
+
+    def encoder(x: Tensor, p: Tensor) -> Any:
+        bad = (x > 8).any(-1, keepdim=True)
+        return dist.Normal(torch.where(bad, math.nan, x[..., :Z] + p), 1.0).to_event(1)
+
+    said = []
+    for compile in (False, True):
+        with pytest.raises(FloatingPointError) as error:
+            fit(with_encoder(encoder), x, bits(4), batch_size=4, compile=compile, seed=2)
+        said.append(str(error.value))
+    assert "datum 11" in said[0]
+    assert said[0] == said[1]
+
+
 class Tempered(probae.ELBO):
     """An objective with a schedule of its own, as a Python number."""
 
