@@ -113,6 +113,13 @@ def _product_and_bias(
     return (product if alpha == 1 else alpha * product) - (-bias if beta == 1 else -beta * bias)
 
 
+def _product(a: Tensor, b: Tensor) -> Any:
+    """Let the smaller factor be the one that oneDNN has to lay out anew: B of A B, by columns."""
+    if b.stride(0) == 1 < b.stride(1) and a.stride(1) == 1 and a.numel() < b.numel():
+        return torch.mm(b.t(), a.t()).t()
+    return NotImplemented
+
+
 def _bernoulli(probs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Draw in place, as torch does; of the whole Inductor would make rand() < p: other numbers."""
     drawn = torch.empty_like(probs, memory_format=torch.contiguous_format)
@@ -122,6 +129,7 @@ def _bernoulli(probs: Tensor, *, generator: torch.Generator | None = None) -> Te
 REWRITTEN: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.addmm.default: _product_and_bias,
     torch.ops.aten.bernoulli.default: _bernoulli,
+    torch.ops.aten.mm.default: _product,
 }
 
 
