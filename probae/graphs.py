@@ -39,7 +39,8 @@ INDUCTOR = {
 # are no part of the block, which they would keep alive, so that the next call had to have another.
 ONE_BLOCK = {"memory_planning": True, "memory_pool": "intermediates"}
 # What calls the kernels: C++, too, as Python would take longer for it than some of them take.
-ON_CPU = {"cpp_wrapper": True}
+# Products and sums in one operation where there is one, which also rounds once less.
+ON_CPU = {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
 LARGE = 2**20  # bytes of a tensor
 
 
@@ -245,8 +246,9 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
     constants = _lifted(graph)
     for node in graph.graph.nodes:  # each value of a record is of a world of its own
         node.meta.pop("val", None)
-    known = torch._inductor.config  # older torch does not know them all
-    options = {name: value for name, value in wanted.items() if hasattr(known, name)}
+    # older torch does not know them all
+    known = torch._inductor.config.get_config_copy()
+    options = {name: value for name, value in wanted.items() if name in known}
     inner: list[Any] = []
 
     def innermost(graph: torch.fx.GraphModule, inputs: Any, **keywords: Any) -> Any:

@@ -12,6 +12,7 @@ import probae
 from probae import fast_weights as module
 from probae.autoencoder import frozen
 from probae.fast_weights import LEAST, as_normal, fast_weights, log_of_product_, raw_noise
+from probae.graphs import compiled
 from probae.importance import plain_weights
 
 X = (1, 5, 7)
@@ -78,9 +79,32 @@ def test_noise_has_the_dtype_of_the_pair() -> None:
     assert values.isfinite().all()
 
 
-def test_noise_of_all_bits_is_finite() -> None:
+def test_words_are_those_of_splitmix64() -> None:
+    # as its authors' C code gives for this seed
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    seed = 1234567 * pow(0x9E3779B97F4A7C15, -1, 2**64) % 2**64
+    words = module.random_words(torch.tensor([seed - (seed >> 63 << 64)]), 5)
+    assert [word % 2**64 for word in words.tolist()] == expected
+
+
+@pytest.mark.parametrize("number", [1, 15, 16, 17, 1000, 4099])
+def test_words_in_machine_code_are_the_same(number: int) -> None:
+    run = compiled(lambda seed: [module.random_words(seed, number)], [torch.tensor([5])])
+    for seed in (5, 0, -1, 2**63 - 1, -(2**63)):
+        words = module.random_words(torch.tensor([seed]), number)
+        assert torch.equal(run(torch.tensor([seed]))[0], words)
+
+
+def test_noise_of_all_bits_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     words = torch.tensor([0, -1, 2**63 - 1, -(2**63)], dtype=torch.int64)
-    normal = as_normal(words, 1, torch.zeros(8))
+    monkeypatch.setattr(module, "random_words", lambda seed, number: words)
+    normal = as_normal(torch.zeros(1, dtype=torch.int64), 1, torch.zeros(8))
     assert normal.isfinite().all()
     assert normal.abs().max() < 5.8
 

@@ -325,5 +325,5 @@ def test_sums_of_log_sigmoids(width: int, scale: float) -> None:
     s = scale * torch.randn(6, width, generator=torch.Generator().manual_seed(0))
     exact = nn.functional.logsigmoid(s.double()).sum(-1)
     error = (log_sigmoid_sum(s).double() - exact).abs()
-    # 2e-7 a factor, and a few roundings of the sum
+    # 3e-7 a factor, and a few roundings of the sum
     assert (error <= 3e-7 * width + 5e-7 * exact.abs()).all()
