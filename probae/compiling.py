@@ -22,7 +22,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from .autoencoder import Autoencoder, RandomState, random_state, set_random_state
+from .autoencoder import Autoencoder, random_state, set_random_state
 from .batches import TrainingData
 from .checks import chunks
 from .corruptions import Corruption
@@ -254,29 +254,21 @@ class CompiledStep:
 
         Returns their losses, and a batch that is the caller's to take, where it came to one.
         """
-        noise, until = random_state(self.device), time.perf_counter() + seconds
-        numbers, losses, taken = self._numbers(), list[float](), list[Tensor]()
+        until, numbers, losses = time.perf_counter() + seconds, self._numbers(), list[float]()
         run, data, state, rows = self.run, self.data.tensor, self.state, self.rows
         for source in sources:
             if len(source) != rows:
                 return losses, source
+            noise = random_state(self.device)
             value = float(run(data, source, numbers, *state)[0])
             if not math.isfinite(value):
-                self._draw_again(noise, taken, numbers)
+                set_random_state(noise, self.device)
                 return losses, source
             losses.append(value)
-            taken.append(source)
             self.own_steps += 1
             if time.perf_counter() > until:
                 break
         return losses, None
-
-    def _draw_again(self, noise: RandomState, taken: list[Tensor], numbers: Tensor) -> None:
-        """Move the random stream on from there as the steps did; they draw as many numbers."""
-        set_random_state(noise, self.device)
-        state = [tensor.clone() for tensor in self.state]
-        for source in taken:
-            self.run(self.data.tensor, source, numbers, *state)
 
     def leave(self) -> None:
         """Tell the optimizer how many steps there were, before it takes one of its own."""

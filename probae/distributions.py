@@ -46,15 +46,19 @@ class GreyBernoulli(dist.Bernoulli):
 
 
 def draw_bits(probs: Tensor) -> Tensor:
-    """Draw as :func:`torch.bernoulli` does, up to 2⁻²¹ in the probability, in a third of the time.
+    """Draw as :func:`torch.bernoulli` does, in a third of the time.
 
-    On a processor torch draws by one thread, which gives three numbers of 21 bits at a time here.
+    On a processor torch draws by one thread, which gives three numbers of 21 bits at a time here;
+    so probabilities are rounded to multiples of 2⁻²¹, but for those in double precision.
     """
-    if probs.device.type == "cpu":
-        words = torch.empty(-(-probs.numel() // 3), dtype=torch.int64).random_()
+    if probs.device.type == "cpu" and probs.dtype != torch.float64:
+        *rows, width = probs.shape or (1,)
+        words = torch.empty((*rows, -(-width // 3)), dtype=torch.int64, device=probs.device)
+        words.random_()
         numbers = [words & 0x1FFFFF, (words >> 21) & 0x1FFFFF, words >> 42]
-        uniform = torch.cat([number.to(torch.float32) for number in numbers])[: probs.numel()]
-        return (uniform.view(probs.shape) < probs * 2.0**21).to(probs.dtype)
+        uniform = torch.cat([number.to(torch.float32) for number in numbers], -1)
+        uniform = uniform[..., :width].reshape(probs.shape)
+        return (uniform < (probs.float() * 2.0**21).round()).to(probs.dtype)
     dtype = torch.promote_types(probs.dtype, torch.float32)
     uniform = torch.rand(probs.shape, dtype=dtype, device=probs.device)
     return (uniform < probs).to(probs.dtype)
@@ -67,9 +71,14 @@ class _Softplus(torch.autograd.Function):
     terms leave 2e-8 of it.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
         e = (-x.abs()).exp()
         if x.dtype == torch.float64:
             return x.clamp(min=0) + e.log1p()

@@ -175,7 +175,7 @@ def raw_noise(count: int, loc: Tensor) -> Tensor:
     """
     if loc.dtype != torch.float32 or loc.device.type != "cpu":
         return torch.randn(count, *loc.shape, dtype=loc.dtype, device=loc.device)
-    return torch.randint(-(2**63), 2**63 - 1, (1,))
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=loc.device)
 
 
 def as_normal(noise: Tensor, count: int, loc: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def log_sigmoid_sum(s: Tensor) -> Tensor:
     width = s.shape[-1]
     lanes = 16 * -(-width // (16 * 64))  # as wide as vector registers, or a multiple
     whole = width // lanes * lanes
-    negative, factors = s.clamp(max=0), 1 + _exp_of_minus(s.abs())
+    negative, factors = s.clamp(max=0), _one_and_exp_of_minus(s.abs())
     sums = negative[..., :whole].unflatten(-1, (-1, lanes)).sum(-2)
     products = factors[..., :whole].unflatten(-1, (-1, lanes)).prod(-2)
     total = (sums - products.log()).sum(-1)
@@ -227,18 +227,23 @@ def log_sigmoid_sum(s: Tensor) -> Tensor:
     return total
 
 
-def _exp_of_minus(a: Tensor) -> Tensor:
-    r"""Return :math:`e^{-a}` of a >= 0 up to 1e-6, in half the time that a library takes for it.
+def _one_and_exp_of_minus(a: Tensor) -> Tensor:
+    r"""Return :math:`1 + e^{-a}` of a >= 0, in float32 in less time than a library takes.
 
-    Beyond 24 it stays at 4e-11. It is the 64th power of a series for at most 3/8.
+    .. math:: e^{2t} - 1 = w (2 + w), \quad w = e^t - 1
+
+    six times over, from the series of w for t of at most 3/8; so no rounding grows on the way.
     """
+    if a.dtype != torch.float32:
+        return 1 + (-a).exp()
     t = a.clamp(max=24) * (-1 / 64)
-    power = torch.full_like(t, 1 / math.factorial(7))
-    for k in range(6, -1, -1):
-        power = power * t + 1 / math.factorial(k)
+    w = torch.full_like(t, 1 / math.factorial(7))
+    for k in range(6, 0, -1):
+        w = w * t + 1 / math.factorial(k)
+    w = w * t
     for _ in range(6):
-        power = power.square()
-    return power
+        w = w * w + 2 * w
+    return 2 + w
 
 
 def log_of_product_(factors: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -114,13 +114,6 @@ def _product_and_bias(
     return (product if alpha == 1 else alpha * product) - (-bias if beta == 1 else -beta * bias)
 
 
-def _product(a: Tensor, b: Tensor) -> Any:
-    """Let the smaller factor be the one that oneDNN has to lay out anew: B of A B, by columns."""
-    if b.stride(0) == 1 < b.stride(1) and a.stride(1) == 1 and a.numel() < b.numel():
-        return torch.mm(b.t(), a.t()).t()
-    return NotImplemented
-
-
 def _bernoulli(probs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Draw in place, as torch does; of the whole Inductor would make rand() < p: other numbers."""
     drawn = torch.empty_like(probs, memory_format=torch.contiguous_format)
@@ -130,7 +123,6 @@ def _bernoulli(probs: Tensor, *, generator: torch.Generator | None = None) -> Te
 REWRITTEN: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.addmm.default: _product_and_bias,
     torch.ops.aten.bernoulli.default: _bernoulli,
-    torch.ops.aten.mm.default: _product,
 }
 
 
@@ -246,9 +238,6 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
     constants = _lifted(graph)
     for node in graph.graph.nodes:  # each value of a record is of a world of its own
         node.meta.pop("val", None)
-    # older torch does not know them all
-    known = torch._inductor.config.get_config_copy()
-    options = {name: value for name, value in wanted.items() if name in known}
     inner: list[Any] = []
 
     def innermost(graph: torch.fx.GraphModule, inputs: Any, **keywords: Any) -> Any:
@@ -256,6 +245,8 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
         return inner[-1]
 
     try:
+        known = torch._inductor.config.get_config_copy()  # older torch does not know them all
+        options = {name: value for name, value in wanted.items() if name in known}
         with (
             torch._inductor.config.patch(options),
             # of what that keeps, the inner function is no part

@@ -7,21 +7,35 @@ to the last, wherever in the tensor these are.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from .networks import MLP
+
 
 @contextlib.contextmanager
 def weights_transposed(module: nn.Module) -> Iterator[None]:
-    """Let the weights W of linear layers on a CPU lie in memory as Wᵀ inside.
+    """Let the weights W of perceptrons on a CPU lie in memory as Wᵀ inside.
 
     So x Wᵀ of a batch x is had a tenth sooner. Not for longer: Pyro trains copies of parameters
-    that lie otherwise than usual, and modules would not see what it does.
+    that lie otherwise than usual, and modules would not see what it does. Weights whose memory is
+    another's, too, stay as they are; so do those of networks not ours, which may look at strides.
     """
-    layers = [m for m in module.modules() if type(m) is nn.Linear and "weight" in m._parameters]
-    weights = {id(m.weight): m.weight for m in layers if m.weight.device.type == "cpu"}.values()
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}.values()
+    owners = Counter(_address(tensor) for tensor in tensors)
+    weights = {
+        id(layer.weight): layer.weight
+        for network in module.modules()
+        if isinstance(network, MLP)
+        for layer in network.layers
+        if type(layer) is nn.Linear and "weight" in layer._parameters
+        if layer.weight.device.type == "cpu" and not layer.weight.is_shared()
+        if layer.weight.untyped_storage().nbytes() == layer.weight.nbytes
+        if owners[_address(layer.weight)] == 1
+    }.values()
     usual = [weight.data for weight in weights]
     for weight in weights:
         _put(weight, weight.data.t().contiguous().t())
@@ -30,6 +44,10 @@ def weights_transposed(module: nn.Module) -> Iterator[None]:
     finally:
         for weight, data in zip(weights, usual, strict=True):
             _put(weight, data.copy_(weight.data))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _put(parameter: Tensor, data: Tensor) -> None:
@@ -50,7 +68,9 @@ def laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
 def set_gradients(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
     """Give parameters gradients that lie as they do, as those of ``backward`` always do."""
     for p, gradient in zip(parameters, gradients, strict=True):
-        p.grad = None if gradient is None else laid_out(gradient, p.stride())
+        if gradient is not None and gradient.layout is torch.strided:
+            gradient = laid_out(gradient, p.stride())
+        p.grad = gradient
 
 
 def lay_out_state(optim: torch.optim.Optimizer) -> None:

@@ -164,7 +164,9 @@ class Training:
         if compiled is None or not (self.is_steady and compiled.can_go_on):
             return None
         losses, left = compiled.go_on(sources, seconds=WHILE)
-        self.loss, self.seen = sum(losses, self.loss), self.seen + len(losses) * compiled.rows
+        for loss in losses:  # one by one, as sum() may round otherwise
+            self.loss += loss
+        self.seen += len(losses) * compiled.rows
         self.step += len(losses)
         self.bar.update(len(losses))
         self.interrupted = self.interrupts.asked
@@ -173,12 +175,10 @@ class Training:
     @property
     def is_steady(self) -> bool:
         """Whether settings stay as they are from step to step, and no checkpoint is kept."""
-        objective = self.objective
-        changes = getattr(objective, "schedule", None) is not None or (
-            hasattr(objective, "beta") and not isinstance(objective, PerDatumObjective)
-        )
+        changes = self.scheduler is not None or not is_known(self.objective)
+        changes = changes or getattr(self.objective, "schedule", None) is not None
         waits = self.skips or self.file is not None or not self.is_alone
-        return self.scheduler is None and not changes and not waits
+        return not changes and not waits
 
     def take(self, source: Tensor | _Fault) -> None:
         """Take a step, or leave its batch out."""
@@ -627,6 +627,11 @@ def _require_state(optim: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
                 continue
             if not isinstance(value, Tensor) or value.shape != size:
                 raise TypeError(f"optimizer has {name} of another shape than parameter {i}")
+
+
+def is_known(objective: Any) -> bool:
+    """Whether the objective is none of a user's own, which may do something at every step."""
+    return type(objective).__module__.split(".")[0] in ("probae", "pyro")
 
 
 def versions() -> dict[str, str]:

@@ -27,8 +27,8 @@ from .compiling import Accelerator, CompiledStep, eager_seconds, operations
 from .files import held
 from .graphs import require_mode
 from .interrupts import Interrupts
-from .layout import weights_transposed
-from .loop import Best, Training, part_streams, set_streams, streams_of_all
+from .layout import lay_out_state, weights_transposed
+from .loop import Best, Training, is_known, part_streams, set_streams, streams_of_all
 from .monitoring import bound_on, kind_of_loss
 from .objectives import ELBO, PerDatumObjective
 from .part import require_count, require_flag, require_positive
@@ -252,7 +252,6 @@ def fit(
             monitor = data.some(1000) if held_out is None else held_out.all()
         stack.enter_context(local_parameters())
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(weights_transposed(pair))  # as an optimizer's state will
         if distributed.world_size() > 1 and data.size is None:
             raise ValueError("x must have a length to be trained on by several processes")
         parameters = [p for p in pair.parameters() if p.requires_grad]
@@ -261,6 +260,10 @@ def fit(
         steps_per_epoch = None if data.size is None else math.ceil(data.size / batch_size)
         make = partial(torch.optim.Adam, fused=True) if optimizer is None else optimizer
         optim = _optimizer(make, parameters, lr)
+        if is_known(objective):  # another might flatten weights
+            stack.callback(lay_out_state, optim)  # which is of a user, maybe
+            stack.enter_context(weights_transposed(pair))
+            lay_out_state(optim)
         steps = None if steps_per_epoch is None else epochs * steps_per_epoch
         scheduler = _scheduler(schedule, optim, steps)
         settings: dict[str, Any] = {}

@@ -438,15 +438,20 @@ def test_steps_one_after_the_other_train_as_single_ones(
         assert torch.equal(tensor, runs[1][2][name]), name
 
 
+class Own(probae.ELBO):
+    """An objective of a user's own, which may do something at every step."""
+
+
 @pytest.mark.parametrize(
     "keywords",
     [
         {"objective": probae.ELBO(beta=LinearWarmup(2))},
+        {"objective": Own()},
         {"schedule": "cosine"},
         {"on_fault": "skip"},
         {"optimizer": torch.optim.SGD},
     ],
-    ids=["beta", "rate", "skip", "sgd"],
+    ids=["beta", "own", "rate", "skip", "sgd"],
 )
 def test_steps_whose_settings_change_are_single(
     keywords: dict[str, Any], interpreted: list, monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,7 @@ from torch.multiprocessing import start_processes
 
 import probae
 from probae import distributed
+from probae.distributions import draw_bits
 from probae.shared_noise import SharedNoise
 
 from .benchmarks import two_processes
@@ -211,6 +212,7 @@ def drawn(x: Tensor) -> list[Tensor]:
         torch.distributions.Gumbel(x, 1.0).rsample(),
         torch.distributions.RelaxedBernoulli(torch.tensor(0.5), logits=x).rsample(),
         torch.distributions.Bernoulli(x.sigmoid()).sample(),
+        draw_bits(x.sigmoid()),
         torch.distributions.Categorical(logits=x).sample(),
         torch.distributions.Exponential(x.exp()).rsample(),
         nn.functional.dropout(x, 0.5),

@@ -16,6 +16,7 @@ from probae import DiscretizedLogistic, GreyBernoulli
 from probae.distributions import (
     Flow,
     base_distribution,
+    draw_bits,
     is_discrete,
     is_flat,
     is_point,
@@ -288,3 +289,28 @@ def test_continuous_bernoulli_gradient_is_finite_and_right() -> None:
     (gradient,) = torch.autograd.grad(probae.ContinuousBernoulli(logits).log_prob(x).sum(), logits)
     expected = x - probae.ContinuousBernoulli(logits.detach()).mean  # exponential family
     assert torch.allclose(gradient, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_bits_come_as_often_as_they_should(dtype: torch.dtype) -> None:
+    probs = torch.tensor([0.0, 1e-9, 0.1, 0.5, 0.9, 1.0], dtype=dtype)
+    counts = draw_bits(probs.expand(200_000, 6)).double().sum(0)
+    expected = 200_000 * probs.double()
+    assert counts[0] == 0
+    assert counts[1] <= 2  # more with a rate of 4e-9 at most
+    assert counts[5] == 200_000
+    # failure rate 1e-6 each
+    assert (
+        (counts - expected).abs()[2:5] < 4.9 * (expected * (1 - probs.double())).sqrt()[2:5]
+    ).all()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (3, 7), (2, 3, 4), (0, 5)])
+def test_bits_have_the_shape_of_their_probabilities(shape: tuple[int, ...]) -> None:
+    assert draw_bits(torch.full(shape, 0.5)).shape == shape
+
+
+def test_neighbouring_bits_are_independent() -> None:
+    bits = draw_bits(torch.full((50_000, 9), 0.3)).double()
+    correlations = torch.corrcoef(bits.T) - torch.eye(9)
+    assert correlations.abs().max() * 50_000**0.5 < 5.5  # failure rate 1e-6 over 36 pairs

@@ -323,7 +323,8 @@ def test_noise_is_that_of_the_function(interpreted: list) -> None:
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e4])
 def test_sums_of_log_sigmoids(width: int, scale: float) -> None:
     s = scale * torch.randn(6, width, generator=torch.Generator().manual_seed(0))
+    s[3:] = s[3:, :1]  # where errors do not average out
     exact = nn.functional.logsigmoid(s.double()).sum(-1)
     error = (log_sigmoid_sum(s).double() - exact).abs()
-    # 3e-7 a factor, and a few roundings of the sum
-    assert (error <= 3e-7 * width + 5e-7 * exact.abs()).all()
+    # 2e-7 a factor, and a few roundings of the sum
+    assert (error <= 2e-7 * width + 5e-7 * exact.abs()).all()

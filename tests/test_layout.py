@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,36 +15,45 @@ from probae.layout import laid_out, lay_out_state, set_gradients, weights_transp
 
 
 def layers() -> nn.Module:
-    """Return linear layers, of which two share a weight and one computes its own."""
+    """Return perceptrons: two share a layer, one computes its weight, two share memory."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3), nn.Linear(5, 3))
-    module[3].weight = module[2].weight
-    module.append(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
-    return module
+    first, second, third, fourth = (probae.MLP(3, 3, hidden=(5,)) for _ in range(4))
+    second.layers[2] = first.layers[2]
+    third.layers[0] = nn.utils.parametrizations.weight_norm(third.layers[0])
+    fourth.layers[2].weight = nn.Parameter(fourth.layers[0].weight.detach().t())
+    return nn.Sequential(first, second, third, fourth, nn.Linear(3, 2))
 
 
 def test_weights_lie_transposed_inside_and_as_before_after() -> None:
     module = layers()
     x, before = torch.randn(7, 3), copy.deepcopy(module.state_dict())
-    memory = module[0].weight.data_ptr()
+    weight = module[0].layers[0].weight
+    memory = weight.data_ptr()
     with weights_transposed(module):
-        assert module[0].weight.stride() == (1, 5)
-        assert module[2].weight is module[3].weight
+        assert weight.stride() == (1, 5)
+        assert module[0].layers[2].weight is module[1].layers[2].weight
+        assert module[0].layers[2].weight.stride() == (1, 3)
+        assert module[3].layers[0].weight.is_contiguous()  # memory that two have stays
+        assert module[4].weight.is_contiguous()  # a network of a user's own, too
         assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
-        module[:2](x).sum().backward()
+        module(x).sum().backward()
         with torch.no_grad():
-            module[0].weight[1, 2] = 7.0
-    assert module[0].weight.is_contiguous()
-    assert module[0].weight.data_ptr() == memory
-    assert module[0].weight[1, 2] == 7.0  # what was done inside stays
-    assert module[0].weight.grad.is_contiguous()
+            weight[1, 2] = 7.0
+    assert weight.is_contiguous()
+    assert weight.data_ptr() == memory
+    assert weight[1, 2] == 7.0  # what was done inside stays
+    assert weight.grad is not None
+    assert weight.grad.is_contiguous()
+    tied = module[3].layers
+    assert tied[0].weight.data_ptr() == tied[2].weight.data_ptr()
 
 
 def test_weights_lie_as_before_after_an_error() -> None:
     module = layers()
+    before = [p.stride() for p in module.parameters()]
     with pytest.raises(KeyError), weights_transposed(module):
         raise KeyError
-    assert all(p.is_contiguous() for p in module.parameters())
+    assert [p.stride() for p in module.parameters()] == before
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
@@ -87,6 +97,55 @@ def test_fit_trains_the_same_by_fused_optimizers_and_others(compile: bool, fused
     for p, q in zip(pair.parameters(), before.parameters(), strict=True):
         assert p.is_contiguous()
         torch.testing.assert_close(p, q)
+
+
+def test_weights_that_share_memory_stay_tied() -> None:
+    x = torch.rand(64, 6).round()
+    pair = probae.UndercompleteAutoencoder(6, 2, hidden=(5,))
+    encoder, decoder = pair.encoder.network.layers[0], pair.decoder.network.layers[2]
+    decoder.weight = nn.Parameter(encoder.weight.detach().t())
+    run = probae.fit(pair, x, epochs=3, batch_size=16, progress=False)
+    assert torch.equal(decoder.weight, encoder.weight.t())
+    ends = probae.monitoring.measure(pair, x)  # of what is returned
+    assert ends["elbo"] == pytest.approx(run.history["elbo"][-1], rel=1e-5)
+
+
+def test_the_state_of_an_optimizer_of_a_users_own_lies_as_its_parameters() -> None:
+    x = torch.rand(64, 6).double().round()
+    ends = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        pair = probae.VAE(6, 2, hidden=(5,)).double()
+        optim = torch.optim.Adam(pair.parameters(), lr=0.01, fused=fused)
+
+        def steps(pair: Any = pair, optim: Any = optim) -> None:
+            for _ in range(3):
+                optim.zero_grad()
+                probae.ELBO().differentiable_loss(pair.model, pair.guide, x).backward()
+                optim.step()
+
+        steps()
+        probae.fit(pair, x, epochs=2, optimizer=lambda p, lr, o=optim: o, progress=False)
+        steps()
+        ends.append([p.detach() for p in pair.parameters()])
+    for p, q in zip(*ends, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+class Decayed(probae.ELBO):
+    """An objective that looks at the weights as one vector, which transposed ones are not."""
+
+    pair: Any = None
+
+    def differentiable_loss(self, *args: Any, **keywords: Any) -> torch.Tensor:
+        weights = nn.utils.parameters_to_vector(self.pair.parameters())
+        return super().differentiable_loss(*args, **keywords) + weights.square().sum()
+
+
+def test_an_objective_may_flatten_weights() -> None:
+    objective = Decayed()
+    objective.pair = pair = probae.VAE(6, 2, hidden=(5,))
+    probae.fit(pair, torch.rand(64, 6).round(), objective=objective, epochs=1, progress=False)
 
 
 def test_training_by_pyro_goes_on_after_fit() -> None:
