@@ -5,7 +5,7 @@ of the same law), for the pairs of most tutorials and papers, at close to the ra
 products alone. What makes it fast: the encoder runs once for all samples of a datum; products are
 written into buffers that are used again; a sigmoid, by far the cheapest transcendental function of
 torch on processors, serves for the tanh and for the Bernoulli log-likelihood; and one logarithm is
-taken of the product of many. Machine code of all but the draws takes fewer passes yet.
+taken of the product of many. Machine code takes fewer passes yet.
 """
 
 from __future__ import annotations

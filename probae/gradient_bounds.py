@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .layout import storage_address
+
 
 class Products(TorchDispatchMode):
     """Knows of tensors made meanwhile what matrices they are the products of.
@@ -34,18 +36,18 @@ class Products(TorchDispatchMode):
         else:
             result = function(*args, **(kwargs or {}))
         if function is torch.ops.aten.mm.default:
-            self.of[_address(result)] = (*args, result)
+            self.of[storage_address(result)] = (*args, result)
         elif function._schema.is_mutable:
             self._forget([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
         return result
 
     def _forget(self, tensors: list[Tensor]) -> None:
         """Forget what may have changed, as a product or as a factor."""
-        changed = {_address(tensor) for tensor in tensors}
+        changed = {storage_address(tensor) for tensor in tensors}
         self.of = {
             address: known
             for address, known in self.of.items()
-            if changed.isdisjoint(map(_address, known))
+            if changed.isdisjoint(map(storage_address, known))
         }
 
     def bounds(self, tensors: list[Tensor]) -> Iterator[Tensor]:
@@ -56,7 +58,7 @@ class Products(TorchDispatchMode):
         at long sums.
         """
         for tensor in tensors:
-            *factors, product = self.of.get(_address(tensor), (tensor,))
+            *factors, product = self.of.get(storage_address(tensor), (tensor,))
             if factors and sum(factor.numel() for factor in factors) < product.numel():
                 a, b = factors
                 yield _squared_norm(a).sqrt() * _squared_norm(b).sqrt()
@@ -68,10 +70,6 @@ def _packs_the_larger(a: Tensor, b: Tensor) -> bool:
     """Whether the factor that oneDNN has to lay out anew, B by columns, is the larger one."""
     by_columns = b.stride(0) == 1 < b.stride(1) and a.stride(1) == 1
     return by_columns and a.numel() < b.numel() and a.device.type == "cpu"
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _squared_norm(matrix: Tensor) -> Tensor:

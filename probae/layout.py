@@ -25,7 +25,7 @@ def weights_transposed(module: nn.Module) -> Iterator[None]:
     another's, too, stay as they are; so do those of networks not ours, which may look at strides.
     """
     tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}.values()
-    owners = Counter(_address(tensor) for tensor in tensors)
+    owners = Counter(storage_address(tensor) for tensor in tensors)
     weights = {
         id(layer.weight): layer.weight
         for network in module.modules()
@@ -34,7 +34,7 @@ def weights_transposed(module: nn.Module) -> Iterator[None]:
         if type(layer) is nn.Linear and "weight" in layer._parameters
         if layer.weight.device.type == "cpu" and not layer.weight.is_shared()
         if layer.weight.untyped_storage().nbytes() == layer.weight.nbytes
-        if owners[_address(layer.weight)] == 1
+        if owners[storage_address(layer.weight)] == 1
     }.values()
     usual = [weight.data for weight in weights]
     for weight in weights:
@@ -46,7 +46,8 @@ def weights_transposed(module: nn.Module) -> Iterator[None]:
             _put(weight, data.copy_(weight.data))
 
 
-def _address(tensor: Tensor) -> int:
+def storage_address(tensor: Tensor) -> int:
+    """Return where the memory of a tensor is, which tensors may share."""
     return tensor.untyped_storage().data_ptr()
 
 
