@@ -30,8 +30,8 @@ from .cuda_graphs import CannotCapture, CudaGraph
 from .distributions import draw_bits
 from .gradient_bounds import Products
 from .graphs import CannotCompile, machine_code, record, require_equal
-from .layout import set_gradients
-from .objectives import ELBO, at_the_end
+from .layout import PackTheSmaller, lay_out_state, set_gradients, weights_transposed
+from .objectives import ELBO, at_the_end, is_known
 from .precision import products_in
 
 WORTH = 30.0  # seconds that a run has to take eagerly for "auto" to compile
@@ -85,10 +85,15 @@ class Accelerator:
         """Wait for a whole eager step again, as after one that was left out with its gradients."""
         self.took_one = False
 
+    def close(self) -> None:
+        """Leave pair and optimizer as eager steps would have."""
+        if self.compiled is not None:
+            self.compiled.close()
+
     def _compile(self, source: Tensor) -> None:
         start = time.perf_counter()
+        compiled = self.make()
         try:
-            compiled = self.make()
             if not compiled.compile(source):
                 self.watch_anew()
                 return
@@ -104,6 +109,8 @@ class Accelerator:
         else:
             self.compiled, self.eager_because = compiled, ""
         finally:
+            if self.compiled is None:
+                compiled.close()
             self.seconds = time.perf_counter() - start
 
 
@@ -123,7 +130,8 @@ class CompiledStep:
 
     With Adam and AdamW the graph makes the update, too; any other optimizer gets the gradients.
     Make it after a first eager step, which tells what parameters have gradients, and use it where
-    ``fit`` takes its steps: gradients on, parameters local.
+    ``fit`` takes its steps: gradients on, parameters local. Until it is closed, weights lie as its
+    products like them best.
     """
 
     def __init__(
@@ -137,6 +145,11 @@ class CompiledStep:
     ) -> None:
         self.pair, self.objective, self.data, self.optim = pair, objective, data, optim
         self.clip_norm, self.precision, self.device = clip_norm, precision, pair.device
+        self.layout = contextlib.ExitStack()
+        if is_known(objective):  # another might flatten weights
+            self.layout.callback(lay_out_state, optim)
+            self.layout.enter_context(weights_transposed(pair))
+            lay_out_state(optim)
         groups = {id(p): k for k, g in enumerate(optim.param_groups) for p in g["params"]}
         # the optimizer leaves a parameter without a gradient alone
         trained = {
@@ -226,16 +239,39 @@ class CompiledStep:
         if self._decays_otherwise:
             self.leave()
             return None
+        value = self._taken(source, self._numbers())
+        if value is None:
+            self.leave()
+        return value
+
+    def go_on(self, sources: Iterator[Tensor], seconds: float) -> tuple[list[float], Tensor | None]:
+        """Take steps for that long, at the settings of now; between them is next to nothing.
+
+        Returns their losses, and a batch that is the caller's to take, where it came to one.
+        """
+        losses = list[float]()
+        if self._decays_otherwise:
+            return losses, None
+        until, numbers = time.perf_counter() + seconds, self._numbers()
+        for source in sources:
+            value = self._taken(source, numbers) if len(source) == self.rows else None
+            if value is None:
+                return losses, source
+            losses.append(value)
+            if time.perf_counter() > until:
+                break
+        return losses, None
+
+    def _taken(self, source: Tensor, numbers: Tensor) -> float | None:
+        """Take a step and return its loss; None where it is not finite, and all is as before."""
         noise = random_state(self.device)
-        inputs, numbers = self._drawn_from(source), self._numbers()
         if self.captured is not None:
             loss, *gradients = self.captured(source, numbers)
         else:
-            loss, *gradients = self.run(*inputs, numbers, *self.state)
+            loss, *gradients = self.run(*self._drawn_from(source), numbers, *self.state)
         value = float(loss)
         if not math.isfinite(value):
             set_random_state(noise, self.device)
-            self.leave()
             return None
         self.own_steps += 1
         if not self.adam:
@@ -243,39 +279,17 @@ class CompiledStep:
             self.optim.step()
         return value
 
-    @property
-    def can_go_on(self) -> bool:
-        """Whether steps follow each other without more than `go_on` does between them."""
-        alone = self.captured is None and not self._decays_otherwise
-        return alone and self.adam and self._gathers
-
-    def go_on(self, sources: Iterator[Tensor], seconds: float) -> tuple[list[float], Tensor | None]:
-        """Take steps for that long, at the settings of now; between them is next to nothing.
-
-        Returns their losses, and a batch that is the caller's to take, where it came to one.
-        """
-        until, numbers, losses = time.perf_counter() + seconds, self._numbers(), list[float]()
-        run, data, state, rows = self.run, self.data.tensor, self.state, self.rows
-        for source in sources:
-            if len(source) != rows:
-                return losses, source
-            noise = random_state(self.device)
-            value = float(run(data, source, numbers, *state)[0])
-            if not math.isfinite(value):
-                set_random_state(noise, self.device)
-                return losses, source
-            losses.append(value)
-            self.own_steps += 1
-            if time.perf_counter() > until:
-                break
-        return losses, None
-
     def leave(self) -> None:
         """Tell the optimizer how many steps there were, before it takes one of its own."""
         if self.adam:
             for parameter in self.parameters:
                 self.optim.state[parameter]["step"] += self.own_steps
         self.own_steps, self.counts = 0, False
+
+    def close(self) -> None:
+        """Leave pair and optimizer as eager steps would have."""
+        self.leave()
+        self.layout.close()
 
     @property
     def _decays_otherwise(self) -> bool:
@@ -330,7 +344,7 @@ class CompiledStep:
         objective = _with_weight(self.objective, numbers[0].to(batch.dtype))
         with _swapped(self.pair, tensors), products_in(self.precision):
             loss = objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
-        with Products() as products:
+        with PackTheSmaller(), Products() as products:
             gradients = list(torch.autograd.grad(loss / len(batch), leaves))
         finite = sum(products.bounds(gradients), start=loss.detach()).isfinite()
         loss = torch.where(finite, loss.detach(), math.nan)

@@ -18,10 +18,7 @@ from .layout import storage_address
 
 
 class Products(TorchDispatchMode):
-    """Knows of tensors made meanwhile what matrices they are the products of.
-
-    It also multiplies in the order in which less has to be laid out anew.
-    """
+    """Knows of tensors made meanwhile what matrices they are the products of."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,10 +28,7 @@ class Products(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Take note of products, which are kept, as another tensor would get their memory."""
-        if function is torch.ops.aten.mm.default and _packs_the_larger(*args):
-            result = function(args[1].t(), args[0].t()).t()
-        else:
-            result = function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
         if function is torch.ops.aten.mm.default:
             self.of[storage_address(result)] = (*args, result)
         elif function._schema.is_mutable:
@@ -64,12 +58,6 @@ class Products(TorchDispatchMode):
                 yield _squared_norm(a).sqrt() * _squared_norm(b).sqrt()
             else:
                 yield tensor.sum(0).sum()
-
-
-def _packs_the_larger(a: Tensor, b: Tensor) -> bool:
-    """Whether the factor that oneDNN has to lay out anew, B by columns, is the larger one."""
-    by_columns = b.stride(0) == 1 < b.stride(1) and a.stride(1) == 1
-    return by_columns and a.numel() < b.numel() and a.device.type == "cpu"
 
 
 def _squared_norm(matrix: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .networks import MLP
 
@@ -44,6 +46,26 @@ def weights_transposed(module: nn.Module) -> Iterator[None]:
     finally:
         for weight, data in zip(weights, usual, strict=True):
             _put(weight, data.copy_(weight.data))
+
+
+class PackTheSmaller(TorchDispatchMode):
+    """Multiplies matrices in the order in which oneDNN has less to lay out anew: B if by columns.
+
+    .. math:: AB = (B^T A^T)^T
+    """
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Swap the factors of a product where that helps."""
+        if function is torch.ops.aten.mm.default and _packs_the_larger(*args):
+            return function(args[1].t(), args[0].t()).t()
+        return function(*args, **(kwargs or {}))
+
+
+def _packs_the_larger(a: Tensor, b: Tensor) -> bool:
+    by_columns = b.stride(0) == 1 < b.stride(1) and a.stride(1) == 1
+    return by_columns and a.numel() < b.numel() and a.device.type == "cpu"
 
 
 def storage_address(tensor: Tensor) -> int:

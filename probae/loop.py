@@ -28,7 +28,7 @@ from .monitoring import (
     find_fault,
     measure,
 )
-from .objectives import PerDatumObjective
+from .objectives import PerDatumObjective, is_known
 from .precision import products_in
 from .shared_noise import SharedNoise
 
@@ -161,7 +161,7 @@ class Training:
         Only where steps differ by nothing but their data, and nobody is to hear of each.
         """
         compiled = self.compiler.compiled
-        if compiled is None or not (self.is_steady and compiled.can_go_on):
+        if compiled is None or not self.is_steady:
             return None
         losses, left = compiled.go_on(sources, seconds=WHILE)
         for loss in losses:  # one by one, as sum() may round otherwise
@@ -627,11 +627,6 @@ def _require_state(optim: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
                 continue
             if not isinstance(value, Tensor) or value.shape != size:
                 raise TypeError(f"optimizer has {name} of another shape than parameter {i}")
-
-
-def is_known(objective: Any) -> bool:
-    """Whether the objective is none of a user's own, which may do something at every step."""
-    return type(objective).__module__.split(".")[0] in ("probae", "pyro")
 
 
 def versions() -> dict[str, str]:

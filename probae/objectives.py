@@ -387,3 +387,8 @@ def _weight_gradient(z: Tensor, weights: Tensor) -> None:
     """Multiply the gradient that will reach z of shape (K, N, ...) by its weights, (K, N)."""
     weights = weights.reshape(*weights.shape, *[1] * (z.dim() - 2))
     z.register_hook(lambda gradient: gradient * weights)
+
+
+def is_known(objective: Any) -> bool:
+    """Whether the objective is none of a user's own, which may do something at every step."""
+    return type(objective).__module__.split(".")[0] in ("probae", "pyro")

@@ -27,8 +27,7 @@ from .compiling import Accelerator, CompiledStep, eager_seconds, operations
 from .files import held
 from .graphs import require_mode
 from .interrupts import Interrupts
-from .layout import lay_out_state, weights_transposed
-from .loop import Best, Training, is_known, part_streams, set_streams, streams_of_all
+from .loop import Best, Training, part_streams, set_streams, streams_of_all
 from .monitoring import bound_on, kind_of_loss
 from .objectives import ELBO, PerDatumObjective
 from .part import require_count, require_flag, require_positive
@@ -260,10 +259,6 @@ def fit(
         steps_per_epoch = None if data.size is None else math.ceil(data.size / batch_size)
         make = partial(torch.optim.Adam, fused=True) if optimizer is None else optimizer
         optim = _optimizer(make, parameters, lr)
-        if is_known(objective):  # another might flatten weights
-            stack.callback(lay_out_state, optim)  # which is of a user, maybe
-            stack.enter_context(weights_transposed(pair))
-            lay_out_state(optim)
         steps = None if steps_per_epoch is None else epochs * steps_per_epoch
         scheduler = _scheduler(schedule, optim, steps)
         settings: dict[str, Any] = {}
@@ -321,6 +316,7 @@ def fit(
                 pair, objective, math.inf if steps is None else steps, batch_size
             ),
         )
+        stack.callback(training.compiler.close)
         training.compiler.eager_because = because or training.compiler.eager_because
         training.interrupts = stack.enter_context(
             Interrupts(distributed.is_launched(), quiet=not distributed.is_main())

@@ -390,7 +390,6 @@ def test_steps_one_after_the_other_stop_where_a_loss_is_not_finite(interpreted: 
         checked.tensor = data
         torch.manual_seed(3)
         if go_on:
-            assert step.can_go_on
             losses, left = step.go_on(iter([*good, bad, good[0]]), seconds=100.0)
             assert left is bad
             more, left = step.go_on(iter([good[0], partial_batch]), seconds=100.0)
@@ -412,9 +411,18 @@ def test_steps_one_after_the_other_stop_where_a_loss_is_not_finite(interpreted: 
         assert all(torch.equal(m, its_state[k][name]) for name, m in moments.items())
 
 
-@pytest.mark.parametrize("num_data", [40, 43])
+@pytest.mark.parametrize(
+    ("num_data", "form", "optimizer"),
+    [
+        (40, bits, None),
+        (43, bits, None),
+        (43, lambda n: TensorDataset(bits(n)), None),
+        (43, bits, torch.optim.SGD),
+    ],
+    ids=["whole batches", "a partial batch", "a Dataset", "SGD"],
+)
 def test_steps_one_after_the_other_train_as_single_ones(
-    num_data: int, interpreted: list, monkeypatch: pytest.MonkeyPatch
+    num_data: int, form: Any, optimizer: Any, interpreted: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken, go_on = [], compiling.CompiledStep.go_on
 
@@ -430,7 +438,9 @@ def test_steps_one_after_the_other_train_as_single_ones(
         pair = vae()
         if not steady:
             monkeypatch.setattr(probae.loop.Training, "is_steady", False)
-        run = fit(pair, bits(num_data), epochs=3, batch_size=4, compile=True, seed=0)
+        run = fit(
+            pair, form(num_data), epochs=3, batch_size=4, compile=True, seed=0, optimizer=optimizer
+        )
         runs.append((run.history["loss"], run.history["elbo"], pair.state_dict()))
         assert len(taken) == 28
     assert runs[0][:2] == runs[1][:2]
@@ -449,9 +459,8 @@ class Own(probae.ELBO):
         {"objective": Own()},
         {"schedule": "cosine"},
         {"on_fault": "skip"},
-        {"optimizer": torch.optim.SGD},
     ],
-    ids=["beta", "own", "rate", "skip", "sgd"],
+    ids=["beta", "own", "rate", "skip"],
 )
 def test_steps_whose_settings_change_are_single(
     keywords: dict[str, Any], interpreted: list, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 import probae
-from probae.layout import laid_out, lay_out_state, set_gradients, weights_transposed
+from probae.layout import PackTheSmaller, laid_out, lay_out_state, set_gradients, weights_transposed
+
+COMPILE = pytest.mark.parametrize("compile", [False, True])
 
 
 def layers() -> nn.Module:
@@ -80,7 +83,7 @@ def test_fused_optimizers_meet_gradients_and_state_as_parameters_lie(
     assert p.grad is None
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@COMPILE
 @pytest.mark.parametrize("fused", [False, True])
 def test_fit_trains_the_same_by_fused_optimizers_and_others(compile: bool, fused: bool) -> None:
     torch.manual_seed(0)
@@ -99,18 +102,20 @@ def test_fit_trains_the_same_by_fused_optimizers_and_others(compile: bool, fused
         torch.testing.assert_close(p, q)
 
 
-def test_weights_that_share_memory_stay_tied() -> None:
+@COMPILE
+def test_weights_that_share_memory_stay_tied(compile: bool) -> None:
     x = torch.rand(64, 6).round()
     pair = probae.UndercompleteAutoencoder(6, 2, hidden=(5,))
     encoder, decoder = pair.encoder.network.layers[0], pair.decoder.network.layers[2]
     decoder.weight = nn.Parameter(encoder.weight.detach().t())
-    run = probae.fit(pair, x, epochs=3, batch_size=16, progress=False)
+    run = probae.fit(pair, x, epochs=3, batch_size=16, progress=False, compile=compile)
     assert torch.equal(decoder.weight, encoder.weight.t())
     ends = probae.monitoring.measure(pair, x)  # of what is returned
     assert ends["elbo"] == pytest.approx(run.history["elbo"][-1], rel=1e-5)
 
 
-def test_the_state_of_an_optimizer_of_a_users_own_lies_as_its_parameters() -> None:
+@COMPILE
+def test_the_state_of_an_optimizer_of_a_users_own_lies_as_its_parameters(compile: bool) -> None:
     x = torch.rand(64, 6).double().round()
     ends = []
     for fused in (True, False):
@@ -125,7 +130,11 @@ def test_the_state_of_an_optimizer_of_a_users_own_lies_as_its_parameters() -> No
                 optim.step()
 
         steps()
-        probae.fit(pair, x, epochs=2, optimizer=lambda p, lr, o=optim: o, progress=False)
+        probae.fit(
+            pair, x, epochs=2, batch_size=16, seed=1, optimizer=lambda p, lr, o=optim: o,
+            progress=False, compile=compile and fused,
+        )  # fmt: skip
+        assert {float(state["step"]) for state in optim.state.values()} == {11.0}
         steps()
         ends.append([p.detach() for p in pair.parameters()])
     for p, q in zip(*ends, strict=True):
@@ -142,21 +151,66 @@ class Decayed(probae.ELBO):
         return super().differentiable_loss(*args, **keywords) + weights.square().sum()
 
 
-def test_an_objective_may_flatten_weights() -> None:
+@COMPILE
+def test_an_objective_may_flatten_weights(compile: bool) -> None:
     objective = Decayed()
     objective.pair = pair = probae.VAE(6, 2, hidden=(5,))
-    probae.fit(pair, torch.rand(64, 6).round(), objective=objective, epochs=1, progress=False)
+    keywords: dict[str, Any] = {"epochs": 1, "batch_size": 16, "progress": False}
+    probae.fit(pair, torch.rand(64, 6).round(), objective=objective, compile=compile, **keywords)
 
 
-def test_training_by_pyro_goes_on_after_fit() -> None:
+@COMPILE
+def test_training_by_pyro_goes_on_after_fit(compile: bool) -> None:
     # whose store trains copies of parameters that are not contiguous
     import pyro
 
     x = torch.rand(64, 6).round()
     pair = probae.VAE(6, 2, hidden=(5,))
-    probae.fit(pair, x, epochs=2, progress=False)
+    probae.fit(pair, x, epochs=2, batch_size=16, progress=False, compile=compile)
     before = copy.deepcopy(pair.state_dict())
     pyro.clear_param_store()
     adam = pyro.optim.Adam({"lr": 1e-2})
     pyro.infer.SVI(pair.model, pair.guide, adam, pyro.infer.Trace_ELBO()).step(x)
     assert not any(torch.equal(p, before[name]) for name, p in pair.named_parameters())
+
+
+def test_weights_lie_as_usual_in_eager_steps_and_where_compiling_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair, seen = probae.VAE(6, 2, hidden=(5,)), []
+    step = torch.optim.Adam.step
+
+    def noted(optim: torch.optim.Adam, *args: Any, **keywords: Any) -> Any:
+        seen.append(pair.encoder.network.layers[0].weight.is_contiguous())
+        return step(optim, *args, **keywords)
+
+    def fails(*args: Any) -> None:
+        raise probae.graphs.CannotCompile("there is no compiler")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    monkeypatch.setattr(probae.compiling, "machine_code", fails)
+    monkeypatch.setattr(probae.compiling, "WORTH", 0.0)
+    x = torch.rand(64, 6).round()
+    for compile in (False, "auto"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            run = probae.fit(pair, x, epochs=1, batch_size=16, progress=False, compile=compile)
+        assert run.eager_because
+    assert seen == [True] * 8
+
+
+def test_products_of_which_the_larger_factor_would_be_packed_are_swapped() -> None:
+    torch.manual_seed(0)
+    swapped = 0
+    for a in (torch.randn(4, 5), torch.randn(5, 4).t()):
+        for b in (
+            torch.randn(5, 9),
+            torch.randn(9, 5).t(),
+            torch.randn(5, 3),
+            torch.randn(3, 5).t(),
+        ):
+            with PackTheSmaller():
+                product = a @ b
+            torch.testing.assert_close(product, a @ b)
+            swapped += not product.is_contiguous()
+    assert swapped == 1  # rows times columns, the larger on the right
