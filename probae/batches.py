@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .autoencoder import Autoencoder
-from .checks import SupportCheck, is_grey, is_map_style, to_pair
+from .checks import SupportCheck, blocks, is_grey, is_map_style, to_pair
 from .datasets import as_tensor, is_large_file, read_array, require_mappable
 from .distributions import draw_bits
 from .part import require_count, require_flag
@@ -196,14 +196,14 @@ class TrainingData:
     def all(self) -> Tensor:
         """Return all data, binarised once."""
         if self.dataset is None:
-            return draw_bits(self.tensor) if self.binarize else self.tensor
+            return _bits_of(self.tensor) if self.binarize else self.tensor
         if self.size is None:
             return self.some(sys.maxsize)
         return self.batch(torch.arange(self.size))
 
     def _finish(self, x: Tensor) -> Tensor:
         self.seen_grey = self.seen_grey or is_grey(x)
-        return draw_bits(x) if self.binarize else x
+        return _bits_of(x) if self.binarize else x
 
     def _passed(self, batch_size: int, epoch: int) -> Iterator[Any]:
         """Yield lists of items, one pass over an ``IterableDataset``."""
@@ -320,6 +320,14 @@ class _Ahead(Dataset[Any]):
         np.random.seed(seed % 2**32)  # noqa: NPY002 - what a user's augmentation may draw from
         random.seed(seed)
         return _items(self.dataset, self.parts[step].tolist())
+
+
+def _bits_of(x: Tensor) -> Tensor:
+    """Return bits of all data, block by block: a draw takes several times the memory of bits."""
+    bits = torch.empty_like(x)
+    for rows, first in blocks(x):
+        bits[first : first + len(rows)] = draw_bits(rows)
+    return bits
 
 
 def _items(dataset: Any, places: list[int]) -> Any:

@@ -49,7 +49,7 @@ class SupportCheck:
         """Check data; ``places`` are the numbers of their rows where these are a batch."""
         self.pair.check_input(x, argument)
         places = range(len(x)) if places is None else places
-        for chunk, row in _blocks(x):
+        for chunk, row in blocks(x):
             bad = ~((chunk >= 0) & (chunk <= 1) if self.binarize else self.support.check(chunk))
             if bad.any() and self.binarize:
                 raise ValueError(
@@ -190,14 +190,14 @@ def chunks(x: Tensor, rows: int = 8192) -> Iterator[tuple[Tensor, int]]:
         yield x[start : start + rows], start
 
 
-def _blocks(x: Tensor) -> Iterator[tuple[Tensor, int]]:
+def blocks(x: Tensor) -> Iterator[tuple[Tensor, int]]:
     """Yield blocks that are small enough for what is made of them to take no memory to speak of."""
     return chunks(x, max(1, 2**20 // max(1, math.prod(x.shape[1:]))))
 
 
 def is_grey(x: Tensor) -> bool:
     """Whether a value is neither 0 nor 1."""
-    return any(bool(((rows != 0) & (rows != 1)).any()) for rows, _ in _blocks(x))
+    return any(bool(((rows != 0) & (rows != 1)).any()) for rows, _ in blocks(x))
 
 
 def is_map_style(x: Any) -> bool:
@@ -209,7 +209,7 @@ def to_pair(pair: Autoencoder, x: Tensor, argument: str = "x") -> Tensor:
     """Return data on the device and in the dtype of a pair, finite as they were."""
     converted = x.detach().to(pair.device, pair.dtype)
     if torch.finfo(pair.dtype).max < torch.finfo(x.dtype).max:
-        for rows, first in _blocks(converted):
+        for rows, first in blocks(converted):
             bad = ~rows.isfinite()
             if bad.any():
                 row = first + int(bad.nonzero()[0, 0])
