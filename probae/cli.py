@@ -504,6 +504,8 @@ def _write_picture(file: Path, ax: Axes) -> None:
 def _outcome(run: Run) -> str:
     text = f"parameters of epoch {run.best_epoch} of {len(run.history['epoch'])}"
     text += f"{' (stopped early)' if run.stopped_early else ''}, {run.seconds:.1f} s"
+    if run.compile_seconds:
+        text += f", of these {run.compile_seconds:.1f} s compiling the step"
     if run.skipped:
         text += f"; {run.skipped} batches with faults were left out"
     if run.best_epoch < 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 import time
 import warnings
@@ -21,14 +22,16 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .autoencoder import Autoencoder, random_state, set_random_state
+from .autoencoder import Autoencoder, RandomState, random_state, set_random_state
 from .batches import TrainingData
 from .checks import chunks
 from .corruptions import Corruption
 from .cuda_graphs import CannotCapture, CudaGraph
 from .distributions import draw_bits
 from .gradient_bounds import Products
+from .graph_constants import SWITCHES, GraphConstants
 from .graphs import CannotCompile, machine_code, record, require_equal
 from .layout import PackTheSmaller, lay_out_state, set_gradients, weights_transposed
 from .objectives import ELBO, at_the_end, is_known
@@ -44,39 +47,59 @@ class Accelerator:
 
     The first step is always the caller's (it runs under Pyro's checks and makes the optimizer's
     state); so are a batch of another size, such as the last of an epoch, and a step whose loss is
-    not finite. Both kinds of step work on the same tensors.
+    not finite. Both kinds of step work on the same tensors. Once something that the graph takes for
+    constant has changed, all steps are the caller's.
 
     Args:
         mode: True, False, or ``"auto"``: compile if the run would take longer than ``WORTH``
             seconds eagerly, by a rule of thumb: a clock would make results depend on it.
         make: makes the compiled step, once it is due.
         batch_size: number of data of the steps to compile.
-        seconds: that the whole run would take eagerly, see :func:`eager_seconds`.
+        steps: number of steps of the run; None where it is not known: ``"auto"`` then compiles
+            once it took ``WORTH`` seconds of steps eagerly.
+        seconds: of an eager step, see :func:`eager_seconds`.
     """
 
     def __init__(
-        self, mode: bool | str, make: Callable[[], CompiledStep], batch_size: int, seconds: float
+        self,
+        mode: bool | str,
+        make: Callable[[], CompiledStep],
+        batch_size: int = 0,
+        steps: int | None = 0,
+        seconds: float = 0.0,
     ) -> None:
-        if too_short := mode == "auto" and seconds < WORTH:
+        if too_short := mode == "auto" and steps is not None and steps * seconds < WORTH:
             mode = False
         self.mode, self.make, self.batch_size = mode, make, batch_size
-        self.took_one = False  # eagerly
+        self.eager_steps = 1  # to be taken before
+        if mode == "auto" and steps is None:
+            self.eager_steps = math.ceil(WORTH / seconds)
+        self.took_one = False  # since the last that was left out
         self.compiled: CompiledStep | None = None
         self.seconds = 0.0  # spent on compiling
         self.eager_because = "the run is too short" if too_short or mode else "compile=False"
+
+    def is_due(self, source: Tensor) -> bool:
+        """Whether the next step is the one to be compiled, which takes a while."""
+        waits = self.compiled is not None or self.mode is False or self.eager_steps > 0
+        return not waits and self.took_one and len(source) == self.batch_size
 
     def step(self, source: Tensor) -> float | None:
         """Take a step and return its loss, summed over data, or None: it is the caller's to take.
 
         ``source`` holds the places of the data of the batch, or, of a Dataset, the batch.
         """
-        whole = len(source) == self.batch_size
-        if self.compiled is None and self.mode is not False and whole and self.took_one:
+        if self.is_due(source):
             self._compile(source)
-        self.took_one = True
+        self.took_one, self.eager_steps = True, self.eager_steps - 1
         if self.compiled is None:
             return None
-        if whole:
+        if (changed := self.compiled.changed()) is not None:
+            self.compiled.close()
+            self.compiled = None
+            self._give_up(f"{changed} changed, which a graph takes for constant", stacklevel=8)
+            return None
+        if len(source) == self.batch_size:
             return self.compiled.step(source)
         self.compiled.leave()
         return None
@@ -94,29 +117,31 @@ class Accelerator:
         start = time.perf_counter()
         compiled = self.make()
         try:
-            if not compiled.compile(source):
+            if compiled.compile(source):
+                self.compiled, self.eager_because = compiled, ""
+            else:
                 self.watch_anew()
-                return
         except CannotCompile as error:
             if self.mode is True:
                 raise
-            self.mode, self.eager_because = False, str(error)
-            warnings.warn(
-                f"fit takes its steps eagerly, and so more slowly, because {error}; with "
-                "compile=False it does not try",
-                stacklevel=9,  # of who called fit
-            )
-        else:
-            self.compiled, self.eager_because = compiled, ""
+            self._give_up(str(error), stacklevel=9)
         finally:
             if self.compiled is None:
                 compiled.close()
-            self.seconds = time.perf_counter() - start
+            self.seconds += time.perf_counter() - start
+
+    def _give_up(self, because: str, stacklevel: int) -> None:
+        self.mode, self.eager_because = False, because
+        warnings.warn(
+            f"fit takes its steps eagerly, and so more slowly, because {because}; with "
+            "compile=False it does not try",
+            stacklevel=stacklevel + 1,  # of who called fit
+        )
 
 
-def eager_seconds(pair: Autoencoder, objective: Any, steps: float, batch_size: int) -> float:
-    """Guess how long eager steps take: their products, and some overhead."""
-    return steps * (OVERHEAD + operations(pair, objective, batch_size) / RATE)
+def eager_seconds(pair: Autoencoder, objective: Any, batch_size: int) -> float:
+    """Guess how long an eager step takes: its products, and some overhead."""
+    return OVERHEAD + operations(pair, objective, batch_size) / RATE
 
 
 def operations(pair: Autoencoder, objective: Any, batch_size: int) -> int:
@@ -145,11 +170,17 @@ class CompiledStep:
     ) -> None:
         self.pair, self.objective, self.data, self.optim = pair, objective, data, optim
         self.clip_norm, self.precision, self.device = clip_norm, precision, pair.device
-        self.layout = contextlib.ExitStack()
-        if is_known(objective):  # another might flatten weights
-            self.layout.callback(lay_out_state, optim)
-            self.layout.enter_context(weights_transposed(pair))
-            lay_out_state(optim)
+        with contextlib.ExitStack() as layout:
+            parts = [*pair.modules(), *filter(inspect.isfunction, _attributes(pair))]
+            if is_known(objective, optim, *parts):  # others might flatten weights
+                layout.callback(lay_out_state, optim)
+                layout.enter_context(weights_transposed(pair))
+                lay_out_state(optim)
+            self._take_stock()
+            self.close_layout = layout.pop_all().close
+
+    def _take_stock(self) -> None:
+        pair, optim = self.pair, self.optim
         groups = {id(p): k for k, g in enumerate(optim.param_groups) for p in g["params"]}
         # the optimizer leaves a parameter without a gradient alone
         trained = {
@@ -172,6 +203,8 @@ class CompiledStep:
         self.own_steps = 0  # of which the optimizer does not know
         self.counts = False  # whether the graph knows how many there were; on a GPU a look is slow
         self.settings: list[float] = []
+        self.constants = GraphConstants(pair, self.objective, optim)
+        self.addresses = self._addresses()
         self.captured: CudaGraph | None = None
         self.not_captured_because = "the pair is on the CPU"
 
@@ -183,38 +216,75 @@ class CompiledStep:
         Raises:
             CannotCompile: a program branches on values; there is no compiler; results differ.
         """
+        self._require_seen()
         noise, self.rows = random_state(self.device), len(source)
         if self._gathers and not self.data.binarize:
             for rows, _ in chunks(self.data.tensor):
                 self._check_domain(rows)
-        state = [tensor.clone() for tensor in self.state]  # recording a step takes it
-        inputs = [*self._drawn_from(source), self._numbers(), *state]
         try:
             with pyro.validation_enabled(False):
-                first = self._eagerly(source)
-                if not first["loss"].isfinite():
+                if not self._compile(source, noise):
                     return False
-                self.written = [  # the statistics of a batch norm, say
-                    not torch.equal(first[name], tensor)
-                    for name, tensor in zip(self.other_names, self.others, strict=True)
-                ]
-                self.run = machine_code(record(self._computed, inputs), inputs)
-                set_random_state(noise, self.device)
-                self._require_equal(self._compiled(source), first)
-                set_random_state(noise, self.device)
-                with at_the_end(self.objective):
-                    for shift in range(1, 10):  # to a batch without a fault, too
-                        gathers = self._gathers
-                        another = (source + shift) % len(self.data) if gathers else source.flip(0)
-                        second = self._eagerly(another)
-                        if second["loss"].isfinite():
-                            break
-                    self._require_equal(self._compiled(another), second)
             if self.device.type == "cuda":
                 self._capture(source)
+        except CannotCompile:
+            raise
+        except Exception as error:  # of a user's own program, on other data or at another epoch
+            raise CannotCompile(
+                f"a look at other steps met {type(error).__name__}: {error}"
+            ) from error
         finally:
             set_random_state(noise, self.device)
+            self.constants.put_back()
         return True
+
+    def _require_seen(self) -> None:
+        """Refuse what the graph would leave out, and the comparison with eager steps, too."""
+        named = dict(self.pair.named_parameters())
+        own = {id(p) for p in named.values()}
+        trained = [p for group in self.optim.param_groups for p in group["params"]]
+        if any(p.grad is not None and id(p) not in own for p in trained):
+            raise CannotCompile("the optimizer trains a parameter that is none of the pair's")
+        for name, p in named.items():
+            if getattr(p, "_post_accumulate_grad_hooks", None):
+                raise CannotCompile(f"parameter {name} has a hook for its gradient")
+
+    def _compile(self, source: Tensor, noise: RandomState) -> bool:
+        try:
+            first = self._eagerly(source)
+        except torch.linalg.LinAlgError:
+            return False
+        if not first["loss"].isfinite():
+            return False
+        if (changed := self.constants.changed()) is not None:
+            raise CannotCompile(f"{changed} changes from step to step, and is no tensor in place")
+        self.written = [  # the statistics of a batch norm, say
+            not torch.equal(first[name], tensor)
+            for name, tensor in zip(self.other_names, self.others, strict=True)
+        ]
+        state = [tensor.clone() for tensor in self.state]  # recording a step takes it
+        inputs = [*self._drawn_from(source), self._numbers(), *state]
+        graph = record(self._computed, inputs)
+        for node in graph.graph.find_nodes(op="get_attr"):
+            constant = getattr(graph, str(node.target))
+            if isinstance(constant, Tensor) and constant.requires_grad:
+                raise CannotCompile(
+                    "it reaches a tensor that requires gradients by another way than the pair's "
+                    "parameters"
+                )
+        self.run = machine_code(graph, inputs)
+        set_random_state(noise, self.device)
+        self._require_equal(self._compiled(source), first)
+        set_random_state(noise, self.device)
+        with at_the_end(self.objective):
+            for shift in range(1, 10):  # to a batch without a fault, too
+                another = (source + shift) % len(self.data) if self._gathers else source.flip(0)
+                with contextlib.suppress(torch.linalg.LinAlgError):
+                    second = self._eagerly(another)
+                    if second["loss"].isfinite():
+                        self._require_equal(self._compiled(another), second)
+                        return True
+        raise CannotCompile("ten batches in a row had faults")
 
     def _capture(self, source: Tensor) -> None:
         """Make one launch of the graph's many, where the GPU can do it all without the CPU."""
@@ -233,12 +303,8 @@ class CompiledStep:
     def step(self, source: Tensor) -> float | None:
         """Take a step and return the loss; None where an eager step is due, and all is as before.
 
-        It is where the loss or a gradient is not finite, or a bound of gradients overflows; and
-        where weights began or ceased to decay, of which the graph does not know.
+        It is where the loss or a gradient is not finite, or a bound of gradients overflows.
         """
-        if self._decays_otherwise:
-            self.leave()
-            return None
         value = self._taken(source, self._numbers())
         if value is None:
             self.leave()
@@ -250,7 +316,7 @@ class CompiledStep:
         Returns their losses, and a batch that is the caller's to take, where it came to one.
         """
         losses = list[float]()
-        if self._decays_otherwise:
+        if self.changed() is not None:
             return losses, None
         until, numbers = time.perf_counter() + seconds, self._numbers()
         for source in sources:
@@ -265,6 +331,10 @@ class CompiledStep:
     def _taken(self, source: Tensor, numbers: Tensor) -> float | None:
         """Take a step and return its loss; None where it is not finite, and all is as before."""
         noise = random_state(self.device)
+        if not self.adam:  # an optimizer may give parameters other memory
+            for p, taken in zip(self.parameters, self.state, strict=False):
+                if p.data_ptr() != taken.data_ptr():
+                    taken.copy_(p.detach())
         if self.captured is not None:
             loss, *gradients = self.captured(source, numbers)
         else:
@@ -283,18 +353,30 @@ class CompiledStep:
         """Tell the optimizer how many steps there were, before it takes one of its own."""
         if self.adam:
             for parameter in self.parameters:
-                self.optim.state[parameter]["step"] += self.own_steps
+                if parameter in self.optim.state:  # a schedule may have begun it anew
+                    self.optim.state[parameter]["step"] += self.own_steps
         self.own_steps, self.counts = 0, False
 
     def close(self) -> None:
         """Leave pair and optimizer as eager steps would have."""
         self.leave()
-        self.layout.close()
+        self.close_layout()
 
-    @property
-    def _decays_otherwise(self) -> bool:
-        """Whether weights began or ceased to decay since the graph was made."""
-        return self.decays != [_decay(self.optim, k) for k in range(len(self.decays))]
+    def changed(self) -> str | None:
+        """Name something that the graph takes for constant, and that has changed since."""
+        if self.decays != [_decay(self.optim, k) for k in range(len(self.decays))]:
+            return "whether weights decay"
+        if self.addresses != self._addresses():
+            return "the memory of parameters, or the state of the optimizer"
+        return self.constants.changed()
+
+    def _addresses(self) -> list[int]:
+        """Return where the tensors are that the graph writes to, if it makes the update."""
+        if not self.adam:
+            return []
+        states = [self.optim.state.get(p, {}) for p in self.parameters]
+        moments = [state[m] for m in MOMENTS for state in states if m in state]
+        return [tensor.data_ptr() for tensor in (*self.parameters, *moments)]
 
     @property
     def _gathers(self) -> bool:
@@ -310,7 +392,7 @@ class CompiledStep:
         if self._gathers:
             return [self.data.tensor, source]
         self._check_domain(source)
-        return [source]
+        return [source.contiguous()]
 
     def _numbers(self, **replaced: Any) -> Tensor:
         """Return all that may change from step to step, in the order that `_computed` expects."""
@@ -374,15 +456,17 @@ class CompiledStep:
         """Return what a step computes, by name, without taking it."""
         noise, before = random_state(self.device), [tensor.clone() for tensor in self.others]
         batch = self.data.batch(source) if self._gathers else source
-        with products_in(self.precision):
-            loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
-        gradients = list(torch.autograd.grad(loss / len(batch), self.parameters))
-        if self.clip_norm is not None:
-            gradients = _clipped(gradients, torch.tensor(self.clip_norm))
-        after = [tensor.clone() for tensor in self.others]
-        for tensor, value in zip(self.others, before, strict=True):
-            tensor.copy_(value)
-        set_random_state(noise, self.device)
+        try:
+            with products_in(self.precision):
+                loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
+            gradients = list(torch.autograd.grad(loss / len(batch), self.parameters))
+            if self.clip_norm is not None:
+                gradients = _clipped(gradients, torch.tensor(self.clip_norm))
+            after = [tensor.clone() for tensor in self.others]
+        finally:
+            for tensor, value in zip(self.others, before, strict=True):
+                tensor.copy_(value)
+            set_random_state(noise, self.device)
         return self._named(loss.detach(), gradients, after)
 
     def _compiled(self, source: Tensor) -> dict[str, Tensor]:
@@ -407,6 +491,10 @@ class CompiledStep:
     ) -> dict[str, Tensor]:
         names = ["loss", *(f"gradient of {n}" for n in self.names), *self.other_names]
         return dict(zip(names, (loss, *gradients, *others), strict=True))
+
+
+def _attributes(pair: Autoencoder) -> list[Any]:
+    return [value for module in pair.modules() for value in vars(module).values()]
 
 
 @contextlib.contextmanager
@@ -480,10 +568,13 @@ def _clipped(gradients: list[Tensor], max_norm: Tensor) -> list[Tensor]:
 
 def _is_plain_adam(optim: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> bool:
     """Whether the graph can make the optimizer's update, from the state the optimizer has."""
-    unusual = ("amsgrad", "maximize", "differentiable", "capturable")
+    step = vars(optim).get("step")
     return (
         type(optim) in (torch.optim.Adam, torch.optim.AdamW)
-        and not any(group.get(name) for group in optim.param_groups for name in unusual)
+        and not any(group.get(name) for group in optim.param_groups for name in SWITCHES[:4])
+        and (step is None or hasattr(step, "_wrapped_by_lr_sched"))  # as schedulers wrap it
+        and not _global_optimizer_pre_hooks
+        and not _global_optimizer_post_hooks
         and not optim._optimizer_step_pre_hooks
         and not optim._optimizer_step_post_hooks
         and all(set(MOMENTS) < set(optim.state[p]) for p in parameters)

@@ -76,7 +76,7 @@ class Training:
     ) -> None:
         self.pair, self.objective, self.data = pair, objective, data
         self.optim, self.scheduler, self.best, self.clip_norm = optim, scheduler, best, clip_norm
-        self.compiler = Accelerator(False, self._no_compiler, 0, 0.0)
+        self.compiler = Accelerator(False, self._no_compiler)
         self.warmup = getattr(objective, "warmup_epochs", 0.0)
         # a Dataset may draw for its items, of which each process has others
         self.draws_itself = data.dataset is None or isinstance(data.dataset, MappedRows)
@@ -214,6 +214,8 @@ class Training:
             if not self.is_alone:
                 return self.common_step(source, None, random_state(self.pair.device))
             raise source
+        if self.compiler.is_due(source):
+            self.bar.set_postfix_str("compiling the step")
         loss = self.compiler.step(source)
         if loss is not None:
             return loss, len(source)

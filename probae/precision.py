@@ -23,6 +23,9 @@ PRODUCTS = frozenset(
         functional.conv_transpose3d,
     )
 )
+# the setting of CPU products alone, from torch 2.9 on: the older one sets CUDA's too, for good, and
+# fails where a user has set any of the newer
+MATMUL: Any = getattr(torch.backends.mkldnn, "matmul", None)
 
 
 class Bfloat16Products(TorchFunctionMode):
@@ -64,26 +67,49 @@ def products_in(precision: str) -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def float32_products(device: torch.device) -> Iterator[None]:
     """Multiply float32 matrices by oneDNN inside, where that is as exact as by torch's default."""
-    before = torch.get_float32_matmul_precision()
-    if device.type != "cpu" or before != "highest" or not _onednn_keeps_float32():
+    if device.type == "cpu" and _is_free() and _onednn_keeps_float32():
+        with _by_onednn():
+            yield
+    else:
         yield
-        return
-    torch.set_float32_matmul_precision("medium")
+
+
+def setting() -> str:
+    """Return what torch is told of the precision of float32 products on CPUs."""
+    return torch.get_float32_matmul_precision() if MATMUL is None else MATMUL.fp32_precision
+
+
+def _is_free() -> bool:
+    """Whether no lower precision is chosen, and the setting can be put back as it is."""
+    if MATMUL is None:
+        return setting() == "highest"
+    # an inherited "ieee" reads like its own, and put back as that would be inherited no more
+    inherited = torch.backends.mkldnn.fp32_precision
+    return setting() == "none" or setting() == "ieee" != inherited
+
+
+@contextlib.contextmanager
+def _by_onednn() -> Iterator[None]:
+    before = setting()
     try:
+        _set("medium" if MATMUL is None else "bf16")
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        _set(before)
+
+
+def _set(value: str) -> None:
+    if MATMUL is None:
+        torch.set_float32_matmul_precision(value)
+    else:
+        MATMUL.fp32_precision = value
 
 
 @cache
 def _onednn_keeps_float32() -> bool:
-    """Whether precision "medium" still multiplies in float32, as it does on chips without AMX."""
+    """Whether "bf16" still multiplies in float32, as it does on chips without AMX."""
     a, b = torch.linspace(-1, 1, 512 * 512).cos().reshape(2, 512, 256)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with _by_onednn():
         product = a @ b.T
-    finally:
-        torch.set_float32_matmul_precision(before)
     exact = a.double() @ b.double().T
     return bool((product - exact).norm() < 1e-5 * exact.norm())  # bfloat16: about 1e-3

@@ -374,4 +374,8 @@ def summarize(run: Run) -> str:
         lines.append("the pair has its starting values, as no epoch counted")
     if run.stopped_early:
         lines.append("stopped early")
+    steps = f"steps were eager: {run.eager_because}"
+    if not run.eager_because:
+        steps = f"of these {run.compile_seconds:.1f} s compiling the step"
+    lines.append(f"{run.seconds:.1f} s; {steps}")
     return "\n".join(lines)

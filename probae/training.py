@@ -250,6 +250,8 @@ def fit(
         with seeded(0, {device}):
             monitor = data.some(1000) if held_out is None else held_out.all()
         stack.enter_context(local_parameters())
+        # autocast keeps copies of weights, which no step would change
+        stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(torch.enable_grad())
         if distributed.world_size() > 1 and data.size is None:
             raise ValueError("x must have a length to be trained on by several processes")
@@ -308,13 +310,13 @@ def fit(
                 warnings.warn(f"fit takes its steps eagerly, because {because}", stacklevel=2)
         elif file is not None and compile == "auto":
             because = "a resumed run is to end in the bits of a whole one"
+        rows = batch_size if data.size is None else min(batch_size, data.size)
         training.compiler = Accelerator(
             False if because else compile,
             lambda: CompiledStep(pair, objective, data, optim, clip_norm, precision),
-            batch_size=batch_size if data.size is None else min(batch_size, data.size),
-            seconds=eager_seconds(
-                pair, objective, math.inf if steps is None else steps, batch_size
-            ),
+            batch_size=rows,
+            steps=steps,
+            seconds=eager_seconds(pair, objective, rows),
         )
         stack.callback(training.compiler.close)
         training.compiler.eager_because = because or training.compiler.eager_because
@@ -329,7 +331,7 @@ def fit(
                 unit="step",
             )
         )
-        if operations(pair, objective, batch_size) > LARGE:
+        if operations(pair, objective, rows) > LARGE:
             stack.enter_context(float32_products(pair.device))
         training.run(patience)
         best.restore()

@@ -4,6 +4,7 @@ Most tests run the recorded graph operation by operation (the fixture ``interpre
 all but Inductor's own work and takes no C++ compiler; the tests named ``..._in_machine_code`` do.
 """
 
+import contextlib
 import copy
 import math
 import warnings
@@ -18,7 +19,8 @@ import torch
 from pyro import distributions as dist
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import IterableDataset, TensorDataset
 
 import probae
 from probae import Autoencoder, LinearWarmup, compiling
@@ -91,6 +93,7 @@ def assert_same_training(
     return runs[1]
 
 
+no_warning = contextlib.nullcontext
 ITERATIVE = ("sparse-laplace-sparse-coding", "psd", "psd-started-only-3d")
 
 
@@ -173,35 +176,6 @@ def test_every_optimizer(name: str, clip_norm: float | None, interpreted: list) 
     assert len(outputs) == (1 if in_graph else 1 + 8)
 
 
-class DecayLater(torch.optim.lr_scheduler.LambdaLR):
-    """Lets weights decay from some step on."""
-
-    def step(self, epoch: int | None = None) -> None:
-        super().step(epoch)
-        self.optimizer.param_groups[0]["weight_decay"] = 0.5 if self.last_epoch > 4 else 0.0
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
-def test_weights_that_begin_to_decay(optimizer: Any, interpreted: list) -> None:
-    assert_same_training(
-        vae, bits(), epochs=4, batch_size=8, optimizer=optimizer,
-        schedule=partial(DecayLater, lr_lambda=lambda step: 1.0),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("binarize", [False, True])
-def test_data_in_memory_and_datasets(binarize: bool, interpreted: list) -> None:
-    x = torch.full((20, X), 0.3) if binarize else bits()
-    for data in (x, TensorDataset(x)):
-        assert_same_training(vae, data, epochs=3, batch_size=8, binarize=binarize)
-
-
-@pytest.mark.parametrize("batch_size", [20, 7, 1, 1000])
-def test_batches_of_any_size_compile_once(batch_size: int, interpreted: list) -> None:
-    assert_same_training(vae, bits(), epochs=3, batch_size=batch_size)
-    assert len(interpreted) == 1
-
-
 class Normed(nn.Module):
     """A network with statistics, dropout, and a frozen layer."""
 
@@ -223,6 +197,100 @@ def normed() -> Autoencoder:
         probae.GaussianEncoder(Normed()),
         probae.BernoulliDecoder(probae.MLP(Z, X, (5,))),
     )
+
+
+class DecayLater(torch.optim.lr_scheduler.LambdaLR):
+    """Lets weights decay from some step on."""
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        self.optimizer.param_groups[0]["weight_decay"] = 0.5 if self.last_epoch > 4 else 0.0
+
+
+class FreezeLater(torch.optim.lr_scheduler.LambdaLR):
+    """Freezes a parameter at some step."""
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        if self.last_epoch == 5:
+            self.optimizer.param_groups[0]["params"][0].requires_grad_(False)
+
+
+class GroupLater(torch.optim.lr_scheduler.LambdaLR):
+    """Trains with half of the parameters from some step on, all others in a group of their own."""
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        if self.last_epoch == 5:
+            (group,) = self.optimizer.param_groups
+            new = {**group, "params": group["params"][4:], "lr": 0.1}
+            group["params"] = group["params"][:4]
+            self.optimizer.param_groups.append(new)
+            self.base_lrs.append(0.1)
+            self.lr_lambdas.append(self.lr_lambdas[0])
+
+
+class DropLater(torch.optim.lr_scheduler.LambdaLR):
+    """Changes a number that a module holds."""
+
+    pair: Any = None
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        self.pair.encoder.network.layers[2].p = 0.5 if self.last_epoch < 5 else 0.1
+
+
+class ForgetLater(torch.optim.lr_scheduler.LambdaLR):
+    """Begins the moments of Adam anew at some step."""
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        if self.last_epoch == 5:
+            self.optimizer.state.clear()
+
+
+@pytest.mark.parametrize(
+    ("later", "optimizer", "what"),
+    [
+        (DecayLater, torch.optim.Adam, "whether weights decay"),
+        (DecayLater, torch.optim.SGD, ""),  # which takes its step itself
+        (FreezeLater, torch.optim.Adam, "which parameters require gradients"),
+        (GroupLater, torch.optim.Adam, "groups of the optimizer"),
+        (GroupLater, torch.optim.SGD, "groups of the optimizer"),
+        (DropLater, torch.optim.Adam, "attribute p of Dropout encoder.network.layers.2"),
+        (ForgetLater, torch.optim.Adam, "the memory of parameters, or the state of the optimizer"),
+    ],
+)
+def test_what_a_schedule_changes_beside_rates(
+    later: Any, optimizer: Any, what: str, interpreted: list
+) -> None:
+    ends = []
+    for compile in (False, True):
+        later.pair = pair = normed()
+        warns = pytest.warns(UserWarning, match=what) if compile and what else no_warning()
+        with warns:
+            run = fit(
+                pair, bits(), epochs=4, batch_size=8, optimizer=optimizer, compile=compile,
+                schedule=partial(later, lr_lambda=lambda step: 1.0),
+            )  # fmt: skip
+        ends.append((run.history["loss"], run.history["elbo"]))
+    assert what in run.eager_because
+    assert ends[1][0] == pytest.approx(ends[0][0], rel=1e-5)
+    assert ends[1][1] == pytest.approx(ends[0][1], rel=1e-5)
+    assert len(interpreted) == 1
+
+
+@pytest.mark.parametrize("binarize", [False, True])
+def test_data_in_memory_and_datasets(binarize: bool, interpreted: list) -> None:
+    x = torch.full((20, X), 0.3) if binarize else bits()
+    for data in (x, TensorDataset(x)):
+        assert_same_training(vae, data, epochs=3, batch_size=8, binarize=binarize)
+
+
+@pytest.mark.parametrize("batch_size", [20, 7, 1, 1000])
+def test_batches_of_any_size_compile_once(batch_size: int, interpreted: list) -> None:
+    assert_same_training(vae, bits(), epochs=3, batch_size=batch_size)
+    assert len(interpreted) == 1
 
 
 def test_buffers_dropout_and_frozen_parameters(interpreted: list) -> None:
@@ -560,15 +628,41 @@ def test_auto_compiles_long_runs_only(interpreted: list, monkeypatch: pytest.Mon
 
 def test_auto_goes_by_the_size_of_the_work_and_not_by_the_clock() -> None:
     pair, seconds = vae(), partial(compiling.eager_seconds, objective=probae.ELBO())
-    assert seconds(pair, steps=10_000, batch_size=1) > compiling.WORTH
-    assert seconds(pair, steps=1000, batch_size=1) < compiling.WORTH
+    assert 10_000 * seconds(pair, batch_size=1) > compiling.WORTH
+    assert 1000 * seconds(pair, batch_size=1) < compiling.WORTH
     large = probae.VAE(784, 20, hidden=(1000, 1000))
-    assert seconds(large, steps=1000, batch_size=1000) > compiling.WORTH
+    assert 1000 * seconds(large, batch_size=1000) > compiling.WORTH
     few, many = (
-        compiling.eager_seconds(large, probae.IWAE(k), 10, 1000) - 10 * compiling.OVERHEAD
-        for k in (1, 5)
+        compiling.eager_seconds(large, probae.IWAE(k), 1000) - compiling.OVERHEAD for k in (1, 5)
     )
     assert many == pytest.approx(5 * few)
+
+
+class Endless(IterableDataset[Tensor]):
+    """Forty data, of which nobody knows how many they are."""
+
+    def __iter__(self) -> Any:
+        return iter(bits(40))
+
+
+def test_auto_waits_where_nobody_knows_how_long_the_run_is(
+    interpreted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fit(vae(), Endless(), epochs=2, batch_size=8)
+    assert (run.compile_seconds, run.eager_because) == (0, "the run is too short")
+    monkeypatch.setattr(compiling, "WORTH", 7.0)
+    monkeypatch.setattr(compiling, "OVERHEAD", 1.0)  # seconds an eager step is taken to last
+    taken, take = [], compiling.CompiledStep._taken
+    monkeypatch.setattr(
+        compiling.CompiledStep, "_taken", lambda *args: taken.append(1) or take(*args)
+    )
+    fit(vae(), Endless(), epochs=3, batch_size=8)
+    assert len(taken) == 15 - 7
+
+
+def test_auto_looks_at_the_batches_that_there_are() -> None:
+    run = fit(vae(), bits(20), epochs=3, batch_size=10**9)
+    assert run.eager_because == "the run is too short"
 
 
 def test_auto_keeps_the_bits_that_a_checkpoint_promises(
@@ -642,3 +736,175 @@ def test_random_numbers_come_in_the_same_order_in_machine_code(graphs: list) -> 
 
     assert_same_training(build, bits(), epochs=3, batch_size=8)
     assert len(graphs) == 1
+
+
+class Pulled(probae.ELBO):
+    """An objective with a parameter of its own, or one that it reaches by itself."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        super().__init__()
+        self.parameters = [parameter]
+
+    def differentiable_loss(self, *args: Any, **keywords: Any) -> Tensor:
+        return (
+            super().differentiable_loss(*args, **keywords) + (self.parameters[0] - 3).square().sum()
+        )
+
+
+class Counted(probae.ELBO):
+    """An objective that counts its calls."""
+
+    calls = 0
+
+    def differentiable_loss(self, *args: Any, **keywords: Any) -> Tensor:
+        self.calls += 1
+        return super().differentiable_loss(*args, **keywords) * (1 + self.calls / 1e6)
+
+
+class Renewed(nn.Module):
+    """A network whose buffer is another tensor after each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(X, 2 * Z)
+        self.register_buffer("mean", torch.zeros(X))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.layer(x - self.mean).unflatten(-1, (2, Z))
+
+
+class AtItsEpoch(probae.ELBO):
+    """An objective that knows no end of training."""
+
+    def differentiable_loss(self, *args: Any, **keywords: Any) -> Tensor:
+        return super().differentiable_loss(*args, **keywords) * (1 + int(self.epoch))
+
+
+def _zero_gradient(p: Tensor) -> None:
+    p.grad.zero_()
+
+
+def hooked() -> tuple[Autoencoder, dict[str, Any]]:
+    pair = vae()
+    next(pair.parameters()).register_post_accumulate_grad_hook(_zero_gradient)
+    return pair, {}
+
+
+def outside() -> tuple[Autoencoder, dict[str, Any]]:
+    own = nn.Parameter(torch.zeros(3))
+    return vae(), {
+        "objective": Pulled(own),
+        "optimizer": lambda parameters, lr: torch.optim.Adam([*parameters, own], lr=lr),
+    }
+
+
+def renewed() -> tuple[Autoencoder, dict[str, Any]]:
+    pair = normed()
+    pair.encoder = probae.GaussianEncoder(Renewed())
+    return pair, {}
+
+
+def by_another_way() -> tuple[Autoencoder, dict[str, Any]]:
+    pair = vae()
+    return pair, {"objective": Pulled(next(pair.parameters()))}
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (outside, "a parameter that is none of the pair's"),
+        (by_another_way, "by another way than the pair's parameters"),
+        (hooked, "encoder.network.layers.0.weight has a hook"),
+        (renewed, "attribute mean of Renewed encoder.network changes from step to step"),
+        (lambda: (vae(), {"objective": Counted()}), "attribute calls of the objective changes"),
+        (lambda: (vae(), {"objective": AtItsEpoch()}), "OverflowError"),
+    ],
+    ids=["outside", "by another way", "hook", "buffer", "counter", "epoch"],
+)
+def test_what_a_graph_would_leave_out_is_refused(
+    make: Any, why: str, interpreted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "WORTH", 0.0)
+    pair, keywords = make()
+    with pytest.raises(CannotCompile, match=why):
+        fit(pair, bits(), epochs=2, batch_size=4, compile=True, **keywords)
+    ends = []
+    for compile in (False, "auto"):
+        pair, keywords = make()
+        with pytest.warns(UserWarning, match=why) if compile else no_warning():
+            run = fit(pair, bits(), epochs=2, batch_size=4, compile=compile, **keywords)
+        ends.append((run.history["loss"], run.history["elbo"]))
+    assert ends[0] == ends[1]
+
+
+class Rebinding(torch.optim.Optimizer):
+    """Gradient descent that gives parameters new memory at each step, and flattens them."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        (group,) = self.param_groups
+        weights = nn.utils.parameters_to_vector(group["params"])
+        change = torch.cat([p.grad.flatten() for p in group["params"]])
+        nn.utils.vector_to_parameters(weights - group["lr"] * change, group["params"])
+
+
+def test_an_optimizer_may_give_parameters_other_memory(interpreted: list) -> None:
+    assert_same_training(vae, bits(43), epochs=3, batch_size=8, optimizer=Rebinding)
+
+
+def test_a_part_may_flatten_weights(interpreted: list) -> None:
+    class Sized(probae.VAE):
+        """A pair whose model looks at the weights of its decoder."""
+
+        def model(self, x: Tensor) -> Any:
+            pyro.factor("size", -self.decoder.network.layers[0].weight.view(-1).square().sum())
+            return super().model(x)
+
+    def pair() -> Autoencoder:
+        torch.manual_seed(0)
+        return Sized(X, Z, hidden=(5,))
+
+    assert_same_training(pair, bits(), epochs=3, batch_size=8)
+
+
+def test_a_step_that_somebody_wrapped_is_called(interpreted: list) -> None:
+    calls = []
+
+    def wrapped(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        optim = torch.optim.Adam(parameters, lr=lr)
+        step = optim.step
+        optim.step = lambda *args, **keywords: (calls.append(1), step(*args, **keywords))[1]
+        return optim
+
+    fit(vae(), bits(40), epochs=2, batch_size=8, compile=True, optimizer=wrapped)
+    assert len(calls) == 10
+    handle = register_optimizer_step_post_hook(lambda *args: calls.append(2))
+    try:
+        fit(vae(), bits(40), epochs=2, batch_size=8, compile=True)
+    finally:
+        handle.remove()
+    assert calls.count(2) == 10
+
+
+def test_batches_of_a_dataset_lie_as_the_graph_reads_them(interpreted: list) -> None:
+    pair, x = vae(), bits()
+    optim = torch.optim.Adam(pair.parameters())
+    data = probae.batches.TrainingData(pair, TensorDataset(x), "x", False)
+    step = compiling.CompiledStep(pair, probae.ELBO(), data, optim, None)
+    (batch,) = step._drawn_from(x.t().contiguous().t())
+    assert batch.is_contiguous()
+    assert torch.equal(batch, x)
+
+
+def test_autocast_around_fit_changes_nothing() -> None:
+    ends = []
+    for enabled in (False, True):
+        pair = vae()
+        with torch.autocast("cpu", enabled=enabled):
+            ends.append(fit(pair, bits(40), epochs=3, batch_size=8).history["loss"])
+    assert ends[0] == ends[1]
+    assert ends[0][-1] < ends[0][0]

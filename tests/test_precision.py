@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch import nn
 
 import probae
 from probae import precision as module
+from probae import training
 from probae.precision import products_in, require_precision
 
 SHAPES = [
@@ -105,24 +106,135 @@ def test_a_pair_of_other_numbers_is_refused() -> None:
     require_precision("float32", torch.float64)
 
 
-def test_float32_products_stay_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
+NEWER = module.MATMUL is not None  # torch has settings of single backends
+FAST = "bf16" if NEWER else "medium"
+BACKENDS: dict[str, Any] = {}
+if NEWER:
+    BACKENDS = {
+        "all": torch.backends,
+        "mkldnn": module.MATMUL,
+        "cuda": torch.backends.cuda.matmul,
+    }
+
+
+def chooses(backend: Any, value: str) -> Callable[[], None]:
+    return lambda: setattr(backend, "fp32_precision", value)
+
+
+CHOICES = {
+    "nothing": lambda: None,
+    "highest": lambda: torch.set_float32_matmul_precision("highest"),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+}
+if NEWER:
+    CHOICES |= {
+        f"{name} {value}": chooses(backend, value)
+        for name, backend in BACKENDS.items()
+        for value in ("ieee", "tf32", "bf16")
+        if (name, value) != ("cuda", "bf16")
+    }
+KEEPS_LOWER = ("high", "medium", "all ieee", "all tf32", "all bf16", "mkldnn tf32", "mkldnn bf16")
+CPU = torch.device("cpu")
+
+
+def readings() -> list[str]:
+    try:
+        legacy = [torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        legacy = ["mixed"]
+    return legacy + [backend.fp32_precision for backend in BACKENDS.values()]
+
+
+def responses() -> list[list[str]]:
+    """Read all settings under each global one: those that inherit it change with it."""
+    values = [readings()]
+    if NEWER:
+        before = torch.backends.fp32_precision
+        for value in ("ieee", "tf32", "bf16", before):
+            torch.backends.fp32_precision = value
+            values.append(readings())
+    return values
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "_onednn_keeps_float32", lambda: True)
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend in BACKENDS.values():
+        backend.fp32_precision = "none"
+
+
+def test_float32_products_stay_float32() -> None:
     a = torch.randn(300, 200)
     exact = a.double() @ a.double().T
-    with module.float32_products(cpu):
+    before = readings()
+    with module.float32_products(CPU):
         assert ((a @ a.T) - exact).norm() < 1e-5 * exact.norm()
-    assert torch.get_float32_matmul_precision() == "highest"
-    monkeypatch.setattr(module, "_onednn_keeps_float32", lambda: False)
-    with module.float32_products(cpu):
-        assert torch.get_float32_matmul_precision() == "highest"
-    monkeypatch.setattr(module, "_onednn_keeps_float32", lambda: True)
-    with module.float32_products(cpu):
-        assert torch.get_float32_matmul_precision() == "medium"
+    assert readings() == before
+
+
+def test_float32_products_ask_onednn_where_it_is_as_exact(
+    monkeypatch: pytest.MonkeyPatch, settings: None
+) -> None:
+    default = module.setting()
+    with module.float32_products(CPU):
+        assert module.setting() == FAST
     with module.float32_products(torch.device("cuda")):
-        assert torch.get_float32_matmul_precision() == "highest"
-    try:
-        torch.set_float32_matmul_precision("high")
-        with module.float32_products(cpu):
-            assert torch.get_float32_matmul_precision() == "high"  # the user's choice
-    finally:
-        torch.set_float32_matmul_precision("highest")
+        assert module.setting() == default
+    monkeypatch.setattr(module, "_onednn_keeps_float32", lambda: False)
+    with module.float32_products(CPU):
+        assert module.setting() == default
+
+
+@pytest.mark.skipif(not NEWER, reason="needs settings of single backends")
+def test_the_setting_of_onednn_alone_gives_the_products_of_medium(settings: None) -> None:
+    a, b = torch.randn(300, 784), torch.randn(784, 400)
+    with module.float32_products(CPU):
+        product = a @ b
+        assert torch.backends.cuda.matmul.fp32_precision == "none"
+    torch.set_float32_matmul_precision("medium")
+    assert torch.equal(product, a @ b)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_float32_products_leave_all_settings_as_they_were(choice: str, settings: None) -> None:
+    CHOICES[choice]()
+    before, chosen = responses(), module.setting()
+    inside = chosen if choice in KEEPS_LOWER else FAST
+    with module.float32_products(CPU):
+        assert module.setting() == inside
+        with pytest.raises(ZeroDivisionError, match=inside), module.float32_products(CPU):
+            raise ZeroDivisionError(module.setting())
+        assert module.setting() == inside
+    assert responses() == before
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_pairs_can_be_trained_and_evaluated_under_each_setting(
+    choice: str, settings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "LARGE", 0)
+    CHOICES[choice]()
+    before, x = readings(), torch.ones(8, 6)
+    pair = probae.VAE(6, 2, hidden=(5,))
+    probae.fit(pair, x, epochs=1, batch_size=4, progress=False)
+    with pytest.warns(probae.LikelihoodWarning):
+        probae.log_likelihood(pair, x, num_samples=5)
+    assert readings() == before
+
+
+def test_without_settings_of_single_backends_the_older_one_is_used(
+    settings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MATMUL", None)
+    with module.float32_products(CPU):
+        assert torch.get_float32_matmul_precision() == "medium"
+        with module.float32_products(CPU):
+            pass
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == "highest"
+    torch.set_float32_matmul_precision("high")
+    with module.float32_products(CPU):
+        assert torch.get_float32_matmul_precision() == "high"

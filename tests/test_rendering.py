@@ -342,13 +342,16 @@ def test_summary_has_the_first_the_best_and_the_last_epoch() -> None:
     lines = run.summary().splitlines()
     assert lines[0] == f"ELBO on a pair of kind ELBO: {run.kind.statement}"
     assert lines[1].split() == ["first", "best", "last"]
-    rows = {line.split()[0]: line.split()[1:] for line in lines[2:-1]}
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:-2]}
     assert list(rows) == list(run.history)
     for name, cells in rows.items():
         values = [run.history[name][epoch - 1] for epoch in (1, 3, 4)]
         assert [float(cell) for cell in cells] == pytest.approx(values, rel=1e-5, abs=1e-12)
-    assert "nats per datum" in lines[-1]
-    assert "on validation data; elbo bounds log p(x)" in lines[-1]
+    assert "nats per datum" in lines[-2]
+    assert "on validation data; elbo bounds log p(x)" in lines[-2]
+    assert lines[-1] == f"{run.seconds:.1f} s; steps were eager: the run is too short"
+    run = run._replace(eager_because="", compile_seconds=2.0, seconds=4.0)
+    assert run.summary().endswith("4.0 s; of these 2.0 s compiling the step")
 
 
 def test_summary_of_what_bounds_nothing() -> None:
@@ -360,4 +363,4 @@ def test_summary_of_what_bounds_nothing() -> None:
     text = run._replace(best_epoch=0, stopped_early=True).summary()
     assert text.splitlines()[1].split() == ["first", "last"]
     assert "starting values" in text
-    assert text.endswith("stopped early")
+    assert text.splitlines()[-2] == "stopped early"

@@ -984,13 +984,14 @@ def test_large_steps_multiply_as_fast_as_float32_allows(monkeypatch: pytest.Monk
         def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
             loss = super().differentiable_loss(model, guide, *args, **kwargs)
             if loss.requires_grad:
-                seen.append(torch.get_float32_matmul_precision())
-                loss.register_hook(lambda _: seen.append(torch.get_float32_matmul_precision()))
+                seen.append(precision.setting())
+                loss.register_hook(lambda _: seen.append(precision.setting()))
             return loss
 
-    for limit, expected in ((training.LARGE, "highest"), (0, "medium")):
+    default, fast = precision.setting(), "medium" if precision.MATMUL is None else "bf16"
+    for limit, expected in ((training.LARGE, default), (0, fast)):
         monkeypatch.setattr(training, "LARGE", limit)
         seen.clear()
         fit(vae(), bits(), epochs=1, batch_size=20, objective=Looks())
         assert seen == [expected] * 2
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert precision.setting() == default
