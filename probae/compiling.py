@@ -284,7 +284,7 @@ class CompiledStep:
                     if second["loss"].isfinite():
                         self._require_equal(self._compiled(another), second)
                         return True
-        raise CannotCompile("ten batches in a row had faults")
+        raise CannotCompile("no other batch without a fault was found to compare it on")
 
     def _capture(self, source: Tensor) -> None:
         """Make one launch of the graph's many, where the GPU can do it all without the CPU."""

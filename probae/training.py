@@ -163,12 +163,15 @@ def fit(
         progress: show a progress bar.
         compile: take the steps as one compiled graph (:mod:`probae.compiling`), which computes the
             same numbers up to rounding, in half the time or less once some seconds of compilation
-            are over. True: always, or raise; ``"auto"``: where the run would take more than some 30
-            seconds, no checkpoint is kept, and the step can be compiled, else with a warning that
-            says why not. What a custom objective or part does in Python, beside computing from
-            tensors, happens at the first steps alone: use False for such.
+            are over. True: all but the first, or raise; ``"auto"``: where the run would take more
+            than some 30 seconds, no checkpoint is kept, and the step can be compiled, else with a
+            warning that says why not. What a custom objective or part does in Python, beside
+            computing from tensors, happens at the first steps alone: use False for such. Where
+            something that the graph takes for constant changes while it is used, such as which
+            parameters require gradients, the steps from there on are eager, with a warning.
         precision: ``"float32"``, or ``"bf16"`` to let layers multiply in bfloat16, for speed on
-            hardware that has it; densities, losses and parameters stay float32.
+            hardware that has it; densities, losses and parameters stay float32. Autocast around
+            ``fit`` has no effect.
         num_workers: processes that read a Dataset or a mapped file ahead.
         on_fault: what happens where the loss or a gradient of a batch is NaN or infinite, or a
             Dataset gives such data: ``"raise"``, or ``"skip"`` to go on without that batch,

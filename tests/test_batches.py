@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    get_worker_info,
+)
 
 import probae
 from probae import datasets
@@ -344,3 +351,24 @@ def test_a_file_is_never_read_whole(tmp_path: Path) -> None:
     assert size > 400
     assert steps == 30
     assert grown < 100
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_held_out_data_are_binarised_in_blocks(
+    as_dataset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, draw = [], probae.batches.draw_bits
+
+    def noted(probs: Tensor) -> Tensor:
+        drawn.append(probs.numel())
+        return draw(probs)
+
+    monkeypatch.setattr(probae.batches, "draw_bits", noted)
+    x = torch.full((2**18, X), 0.25)
+    data = TrainingData(vae("bernoulli"), TensorDataset(x) if as_dataset else x, "val", True)
+    bits = data.all()
+    assert bits.shape == x.shape
+    assert max(drawn) <= 2**20  # a draw takes several times the memory of its bits
+    assert sum(drawn) == x.numel()
+    assert bits.unique().tolist() == [0.0, 1.0]
+    assert (bits.mean(0) - 0.25).abs().max() < 5 * (0.25 * 0.75 / len(x)) ** 0.5
