@@ -74,7 +74,6 @@ class Accelerator:
         self.eager_steps = 1  # to be taken before
         if mode == "auto" and steps is None:
             self.eager_steps = math.ceil(WORTH / seconds)
-        self.took_one = False  # since the last that was left out
         self.compiled: CompiledStep | None = None
         self.seconds = 0.0  # spent on compiling
         self.eager_because = "the run is too short" if too_short or mode else "compile=False"
@@ -82,7 +81,7 @@ class Accelerator:
     def is_due(self, source: Tensor) -> bool:
         """Whether the next step is the one to be compiled, which takes a while."""
         waits = self.compiled is not None or self.mode is False or self.eager_steps > 0
-        return not waits and self.took_one and len(source) == self.batch_size
+        return not waits and len(source) == self.batch_size
 
     def step(self, source: Tensor) -> float | None:
         """Take a step and return its loss, summed over data, or None: it is the caller's to take.
@@ -91,7 +90,7 @@ class Accelerator:
         """
         if self.is_due(source):
             self._compile(source)
-        self.took_one, self.eager_steps = True, self.eager_steps - 1
+        self.eager_steps -= 1
         if self.compiled is None:
             return None
         if (changed := self.compiled.changed()) is not None:
@@ -106,7 +105,7 @@ class Accelerator:
 
     def watch_anew(self) -> None:
         """Wait for a whole eager step again, as after one that was left out with its gradients."""
-        self.took_one = False
+        self.eager_steps = max(1, self.eager_steps)
 
     def close(self) -> None:
         """Leave pair and optimizer as eager steps would have."""
@@ -119,8 +118,6 @@ class Accelerator:
         try:
             if compiled.compile(source):
                 self.compiled, self.eager_because = compiled, ""
-            else:
-                self.watch_anew()
         except CannotCompile as error:
             if self.mode is True:
                 raise
@@ -571,7 +568,7 @@ def _is_plain_adam(optim: torch.optim.Optimizer, parameters: list[nn.Parameter])
     step = vars(optim).get("step")
     return (
         type(optim) in (torch.optim.Adam, torch.optim.AdamW)
-        and not any(group.get(name) for group in optim.param_groups for name in SWITCHES[:4])
+        and not any(group.get(name) for group in optim.param_groups for name in SWITCHES)
         and (step is None or hasattr(step, "_wrapped_by_lr_sched"))  # as schedulers wrap it
         and not _global_optimizer_pre_hooks
         and not _global_optimizer_post_hooks

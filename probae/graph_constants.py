@@ -13,7 +13,7 @@ from .objectives import is_known
 
 PLAIN = (bool, int, float, str, type(None))
 OF_TRAINING = ("epoch", "max_plate_nesting", "kl_method")  # attributes of objectives, set by fit
-SWITCHES = ("amsgrad", "maximize", "differentiable", "capturable", "decoupled_weight_decay")
+SWITCHES = ("amsgrad", "maximize", "differentiable", "capturable")  # of optimizers
 
 
 class GraphConstants:

@@ -721,7 +721,7 @@ def test_an_interrupt_returns_what_there_is(capfd: pytest.CaptureFixture[str]) -
     assert run.interrupted
     assert not run.stopped_early
     assert (run.best_epoch, len(run.history["loss"])) == (1, 1)
-    fit(twin, bits(), epochs=1, batch_size=8, objective=Pressing())  # rounds as the other
+    fit(twin, bits(), epochs=1, batch_size=8)
     assert_same(pair, twin)  # the last whole epoch
     assert signal.getsignal(signal.SIGINT) is handler
     assert "Ctrl-C again" in capfd.readouterr().err
@@ -729,7 +729,7 @@ def test_an_interrupt_returns_what_there_is(capfd: pytest.CaptureFixture[str]) -
     pair, twin = vae(), vae()
     run = fit(pair, x, val, epochs=4, batch_size=8, objective=Pressing(11))
     assert (run.best_epoch, len(run.history["loss"])) == (1, 3)
-    fit(twin, x, val, epochs=1, batch_size=8, objective=Pressing())
+    fit(twin, x, val, epochs=1, batch_size=8)
     assert_same(pair, twin)  # the best one
     assert not fit(vae(), bits(), epochs=1).interrupted
 
@@ -757,7 +757,7 @@ def test_the_second_interrupt_raises_at_once(tmp_path: Path) -> None:
     pair, twin = vae(), vae()
     with pytest.raises(KeyboardInterrupt):
         fit(pair, bits(), epochs=4, batch_size=8, objective=Pressing(5, 5), checkpoint=tmp_path)
-    fit(twin, bits(), epochs=1, batch_size=8, objective=Pressing())  # rounds as the other
+    fit(twin, bits(), epochs=1, batch_size=8)
     assert_same(pair, twin)
     assert checkpoints.read(tmp_path / checkpoints.FILE)["epoch"] == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
