@@ -231,6 +231,8 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
     """Compile recorded operations for inputs of these shapes, which need no gradients."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+    from .products import by_blocks
+
     on_cpu = inputs[-1].device.type == "cpu"
     wanted: dict[str, Any] = dict(INDUCTOR)
     if on_cpu:
@@ -249,6 +251,7 @@ def machine_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
         options = {name: value for name, value in wanted.items() if name in known}
         with (
             torch._inductor.config.patch(options),
+            by_blocks() if on_cpu else contextlib.nullcontext(),
             # of what that keeps, the inner function is no part
             torch._functorch.config.patch(enable_autograd_cache=False),
             warnings.catch_warnings(),

@@ -79,6 +79,11 @@ def setting() -> str:
     return torch.get_float32_matmul_precision() if MATMUL is None else MATMUL.fp32_precision
 
 
+def products_are_float32() -> bool:
+    """Whether torch multiplies float32 matrices on CPUs without a loss of digits, as it is set."""
+    return setting() in ("highest", "ieee", "none") or _onednn_keeps_float32()
+
+
 def _is_free() -> bool:
     """Whether no lower precision is chosen, and the setting can be put back as it is."""
     if MATMUL is None:
