@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import math
 import time
 import warnings
@@ -33,8 +32,8 @@ from .distributions import draw_bits
 from .gradient_bounds import Products
 from .graph_constants import SWITCHES, GraphConstants
 from .graphs import CannotCompile, machine_code, record, require_equal
-from .layout import PackTheSmaller, lay_out_state, set_gradients, weights_transposed
-from .objectives import ELBO, at_the_end, is_known
+from .layout import set_gradients
+from .objectives import ELBO, at_the_end
 from .precision import products_in
 
 WORTH = 30.0  # seconds that a run has to take eagerly for "auto" to compile
@@ -94,7 +93,7 @@ class Accelerator:
         if self.compiled is None:
             return None
         if (changed := self.compiled.changed()) is not None:
-            self.compiled.close()
+            self.compiled.leave()
             self.compiled = None
             self._give_up(f"{changed} changed, which a graph takes for constant", stacklevel=8)
             return None
@@ -107,10 +106,10 @@ class Accelerator:
         """Wait for a whole eager step again, as after one that was left out with its gradients."""
         self.eager_steps = max(1, self.eager_steps)
 
-    def close(self) -> None:
-        """Leave pair and optimizer as eager steps would have."""
+    def leave(self) -> None:
+        """Tell the optimizer how many steps there were."""
         if self.compiled is not None:
-            self.compiled.close()
+            self.compiled.leave()
 
     def _compile(self, source: Tensor) -> None:
         start = time.perf_counter()
@@ -123,8 +122,6 @@ class Accelerator:
                 raise
             self._give_up(str(error), stacklevel=9)
         finally:
-            if self.compiled is None:
-                compiled.close()
             self.seconds += time.perf_counter() - start
 
     def _give_up(self, because: str, stacklevel: int) -> None:
@@ -152,8 +149,7 @@ class CompiledStep:
 
     With Adam and AdamW the graph makes the update, too; any other optimizer gets the gradients.
     Make it after a first eager step, which tells what parameters have gradients, and use it where
-    ``fit`` takes its steps: gradients on, parameters local. Until it is closed, weights lie as its
-    products like them best.
+    ``fit`` takes its steps: gradients on, parameters local.
     """
 
     def __init__(
@@ -167,17 +163,6 @@ class CompiledStep:
     ) -> None:
         self.pair, self.objective, self.data, self.optim = pair, objective, data, optim
         self.clip_norm, self.precision, self.device = clip_norm, precision, pair.device
-        with contextlib.ExitStack() as layout:
-            parts = [*pair.modules(), *filter(inspect.isfunction, _attributes(pair))]
-            if is_known(objective, optim, *parts):  # others might flatten weights
-                layout.callback(lay_out_state, optim)
-                layout.enter_context(weights_transposed(pair))
-                lay_out_state(optim)
-            self._take_stock()
-            self.close_layout = layout.pop_all().close
-
-    def _take_stock(self) -> None:
-        pair, optim = self.pair, self.optim
         groups = {id(p): k for k, g in enumerate(optim.param_groups) for p in g["params"]}
         # the optimizer leaves a parameter without a gradient alone
         trained = {
@@ -354,11 +339,6 @@ class CompiledStep:
                     self.optim.state[parameter]["step"] += self.own_steps
         self.own_steps, self.counts = 0, False
 
-    def close(self) -> None:
-        """Leave pair and optimizer as eager steps would have."""
-        self.leave()
-        self.close_layout()
-
     def changed(self) -> str | None:
         """Name something that the graph takes for constant, and that has changed since."""
         if self.decays != [_decay(self.optim, k) for k in range(len(self.decays))]:
@@ -423,7 +403,7 @@ class CompiledStep:
         objective = _with_weight(self.objective, numbers[0].to(batch.dtype))
         with _swapped(self.pair, tensors), products_in(self.precision):
             loss = objective.differentiable_loss(self.pair.model, self.pair.guide, batch)
-        with PackTheSmaller(), Products() as products:
+        with Products() as products:
             gradients = list(torch.autograd.grad(loss / len(batch), leaves))
         finite = sum(products.bounds(gradients), start=loss.detach()).isfinite()
         loss = torch.where(finite, loss.detach(), math.nan)
@@ -488,10 +468,6 @@ class CompiledStep:
     ) -> dict[str, Tensor]:
         names = ["loss", *(f"gradient of {n}" for n in self.names), *self.other_names]
         return dict(zip(names, (loss, *gradients, *others), strict=True))
-
-
-def _attributes(pair: Autoencoder) -> list[Any]:
-    return [value for module in pair.modules() for value in vars(module).values()]
 
 
 @contextlib.contextmanager

@@ -96,7 +96,8 @@ inline void transpose(
   }
 }
 
-inline void multiply(const Matrix& a, const Matrix& b, float* c, int64_t threads) {
+// C = A B, or its transpose where turned, by rows
+inline void multiply(const Matrix& a, const Matrix& b, float* c, bool turned, int64_t threads) {
   const int64_t M = a.rows, K = a.columns, N = b.columns;
   const int64_t a_stride = a.stride(), b_stride = b.stride();
   const bool turn_a = !a.by_rows(), turn_b = !b.by_rows();
@@ -108,10 +109,12 @@ inline void multiply(const Matrix& a, const Matrix& b, float* c, int64_t threads
   const int64_t rows = divided_up(M, row_parts);
   const int64_t columns = divided_up(divided_up(N, column_parts), 16) * 16;
   const int64_t depth = divided_up(K, divided_up(K, DEPTH));
-  const int64_t height = divided_up(rows, divided_up(rows * depth, SIZE));
+  const int64_t least = SIZE / DEPTH;  // so that a block has DEPTH rows at most
+  const int64_t height = divided_up(rows, divided_up(rows * std::max(depth, least), SIZE));
 #pragma omp parallel for num_threads(threads)
   for (int64_t part = 0; part < row_parts * column_parts; part++) {
-    alignas(64) static thread_local float of_a[SIZE + DEPTH], of_b[DEPTH * COLUMNS];
+    alignas(64) static thread_local float of_a[SIZE + DEPTH];
+    alignas(64) static thread_local float of_b[DEPTH * COLUMNS], of_c[DEPTH * COLUMNS];
     const int64_t m0 = part / column_parts * rows, m1 = std::min(M, m0 + rows);
     const int64_t n0 = part % column_parts * columns, n1 = std::min(N, n0 + columns);
     for (int64_t k0 = 0; k0 < K; k0 += depth) {
@@ -124,11 +127,12 @@ inline void multiply(const Matrix& a, const Matrix& b, float* c, int64_t threads
         transpose(b.data + j * b_stride + k0, b_stride, of_b, COLUMNS, n, k);
       };
       auto block = [&](int64_t i, int64_t j) {
+        const int64_t m = std::min(height, m1 - i), n = std::min(COLUMNS, n1 - j);
         at::native::cpublas::brgemm(
-            std::min(height, m1 - i), std::min(COLUMNS, n1 - j), k,
-            turn_a ? k : a_stride, turn_b ? COLUMNS : b_stride, N, k0 > 0,
-            turn_a ? of_a : a.data + i * a_stride + k0,
-            turn_b ? of_b : b.data + k0 * b_stride + j, c + i * N + j, false);
+            m, n, k, turn_a ? k : a_stride, turn_b ? COLUMNS : b_stride, turned ? COLUMNS : N,
+            k0 > 0, turn_a ? of_a : a.data + i * a_stride + k0,
+            turn_b ? of_b : b.data + k0 * b_stride + j, turned ? of_c : c + i * N + j, false);
+        if (turned) transpose(of_c, COLUMNS, c + j * M + i, M, m, n);
       };
       if (turn_a) {
         for (int64_t i = m0; i < m1; i += height) {
@@ -150,15 +154,21 @@ inline void multiply(const Matrix& a, const Matrix& b, float* c, int64_t threads
 }
 #else
 inline bool has_microkernel() { return false; }
-inline void multiply(const Matrix&, const Matrix&, float*, int64_t) {}
+constexpr int64_t DEPTH = 0;
+inline void multiply(const Matrix&, const Matrix&, float*, bool, int64_t) {}
 #endif
 
-// C = A B, C by rows
 inline void product(const Matrix& a, const Matrix& b, float* c, int64_t threads) {
   const bool regular = (a.by_rows() || a.by_columns()) && (b.by_rows() || b.by_columns());
   const bool empty = a.rows == 0 || a.columns == 0 || b.columns == 0;
   if (regular && !empty && has_microkernel()) {
-    multiply(a, b, c, threads);
+    // as C' = B' A' where that leaves less to lay out anew, of a block all at once
+    const bool turned = !b.by_rows() && (!a.by_rows() || a.rows < b.columns) && a.columns <= DEPTH;
+    if (turned) {
+      multiply(b.transposed(), a.transposed(), c, true, threads);
+    } else {
+      multiply(a, b, c, false, threads);
+    }
   } else {
     const Matrix result{c, a.rows, b.columns, b.columns, 1};
     AOTI_TORCH_ERROR_CODE_CHECK(

@@ -321,7 +321,7 @@ def fit(
             steps=steps,
             seconds=eager_seconds(pair, objective, rows),
         )
-        stack.callback(training.compiler.close)
+        stack.callback(training.compiler.leave)
         training.compiler.eager_because = because or training.compiler.eager_because
         training.interrupts = stack.enter_context(
             Interrupts(distributed.is_launched(), quiet=not distributed.is_main())
