@@ -7,7 +7,6 @@ All are :class:`pyro.infer.ELBO` objects: pass them to :class:`pyro.infer.SVI` o
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -390,7 +389,6 @@ def _weight_gradient(z: Tensor, weights: Tensor) -> None:
     z.register_hook(lambda gradient: gradient * weights)
 
 
-def is_known(*things: Any) -> bool:
-    """Whether objects and functions are none of a user's own, which may do something every step."""
-    owners = (x if inspect.isfunction(x) else type(x) for x in things)
-    return all(x.__module__.split(".")[0] in ("probae", "pyro", "torch") for x in owners)
+def is_known(objective: Any) -> bool:
+    """Whether an objective is none of a user's own, which may do something every step."""
+    return type(objective).__module__.split(".")[0] in ("probae", "pyro", "torch")

@@ -1,18 +1,20 @@
-"""Products of float32 matrices in compiled graphs on CPUs, by blocks, with next to nothing around.
+"""Products of float32 matrices in compiled graphs on CPUs, by blocks, with little around them.
 
-A call of torch's own product makes some two hundred small things in memory before it multiplies,
-which takes longer than small products do. Here each thread lays out anew what it needs of a
-transposed matrix, so that none reads what another has just written, and multiplies block by block
-with oneDNN's microkernel, as torch's attention on CPUs does. Where there is none, torch multiplies.
+A call of torch's own product makes some two hundred allocations before it multiplies, which takes
+longer than small products do. Here each thread copies what it needs of a matrix that lies by
+columns, so that none waits for what another has just written, and multiplies block by block with
+oneDNN's microkernel, as torch's attention on CPUs does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Iterator
+from functools import cache
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch._inductor import config, ir
@@ -25,9 +27,11 @@ MM = torch.ops.aten.mm.default
 
 SOURCE = r"""
 #include <ATen/Context.h>
+#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <algorithm>
+#include <atomic>
 
 namespace probae {
 
@@ -55,23 +59,9 @@ struct Matrix {
   }
 };
 
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-// of blocks at most: numbers of A, which fit in L2; columns of B; and numbers summed at once
-constexpr int64_t SIZE = 1 << 17, COLUMNS = 32, DEPTH = 1024;
-
-inline bool has_microkernel() {
-  static const bool there = [] {
-    const float a = 2, b = 3;
-    float c = 0;
-    try {
-      at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, false, &a, &b, &c, false);
-      at::native::cpublas::brgemm_release(false);
-    } catch (const std::exception&) {
-    }
-    return c == 6;
-  }();
-  return there && at::globalContext().userEnabledMkldnn();
-}
+constexpr int64_t SIZE = 1 << 17;  // numbers of a block of A, at most: half a megabyte
+constexpr int64_t COLUMNS = 32;    // of a block of B, at most
+constexpr int64_t DEPTH = 1024;    // columns of a block of A, and rows of one of B, at most
 
 inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -96,84 +86,82 @@ inline void transpose(
   }
 }
 
-// C = A B, or its transpose where turned, by rows
-inline void multiply(const Matrix& a, const Matrix& b, float* c, bool turned, int64_t threads) {
+// C = A B, or its transpose where turned, by rows; false where a thread failed
+inline bool multiply(const Matrix& a, const Matrix& b, float* c, bool turned) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t M = a.rows, K = a.columns, N = b.columns;
   const int64_t a_stride = a.stride(), b_stride = b.stride();
-  const bool turn_a = !a.by_rows(), turn_b = !b.by_rows();
-  // whoever lays out rows of A anew is the one to need them; so with columns of B
-  const bool by_rows = turn_a || !turn_b;
-  const int64_t first = std::min(threads, divided_up(by_rows ? M : N, COLUMNS));
-  const int64_t second = std::min(threads / first, divided_up(by_rows ? N : M, COLUMNS));
-  const int64_t row_parts = by_rows ? first : second, column_parts = by_rows ? second : first;
+  const bool copy_a = !a.by_rows(), copy_b = !b.by_rows();
+  // threads share out first the rows, or columns, that are copied
+  const bool rows_first = copy_a || !copy_b;
+  const int64_t first = std::min(threads, divided_up(rows_first ? M : N, COLUMNS));
+  const int64_t second = std::min(threads / first, divided_up(rows_first ? N : M, COLUMNS));
+  const int64_t row_parts = rows_first ? first : second, column_parts = rows_first ? second : first;
   const int64_t rows = divided_up(M, row_parts);
   const int64_t columns = divided_up(divided_up(N, column_parts), 16) * 16;
   const int64_t depth = divided_up(K, divided_up(K, DEPTH));
-  const int64_t least = SIZE / DEPTH;  // so that a block has DEPTH rows at most
-  const int64_t height = divided_up(rows, divided_up(rows * std::max(depth, least), SIZE));
+  const int64_t least_depth = SIZE / DEPTH;  // so that blocks have DEPTH rows at most
+  const int64_t height = divided_up(rows, divided_up(rows * std::max(depth, least_depth), SIZE));
+  std::atomic<bool> done{true};
 #pragma omp parallel for num_threads(threads)
   for (int64_t part = 0; part < row_parts * column_parts; part++) {
     alignas(64) static thread_local float of_a[SIZE + DEPTH];
     alignas(64) static thread_local float of_b[DEPTH * COLUMNS], of_c[DEPTH * COLUMNS];
     const int64_t m0 = part / column_parts * rows, m1 = std::min(M, m0 + rows);
     const int64_t n0 = part % column_parts * columns, n1 = std::min(N, n0 + columns);
-    for (int64_t k0 = 0; k0 < K; k0 += depth) {
-      const int64_t k = std::min(depth, K - k0);
-      auto lay_out_a = [&](int64_t i) {
-        transpose(a.data + k0 * a_stride + i, a_stride, of_a, k, k, std::min(height, m1 - i));
-      };
-      auto lay_out_b = [&](int64_t j) {
-        const int64_t n = std::min(COLUMNS, n1 - j);
-        transpose(b.data + j * b_stride + k0, b_stride, of_b, COLUMNS, n, k);
-      };
-      auto block = [&](int64_t i, int64_t j) {
-        const int64_t m = std::min(height, m1 - i), n = std::min(COLUMNS, n1 - j);
-        at::native::cpublas::brgemm(
-            m, n, k, turn_a ? k : a_stride, turn_b ? COLUMNS : b_stride, turned ? COLUMNS : N,
-            k0 > 0, turn_a ? of_a : a.data + i * a_stride + k0,
-            turn_b ? of_b : b.data + k0 * b_stride + j, turned ? of_c : c + i * N + j, false);
-        if (turned) transpose(of_c, COLUMNS, c + j * M + i, M, m, n);
-      };
-      if (turn_a) {
-        for (int64_t i = m0; i < m1; i += height) {
-          lay_out_a(i);
+    try {
+      for (int64_t k0 = 0; k0 < K; k0 += depth) {
+        const int64_t k = std::min(depth, K - k0);
+        auto copy_of_a = [&](int64_t i) {
+          transpose(a.data + k0 * a_stride + i, a_stride, of_a, k, k, std::min(height, m1 - i));
+        };
+        auto copy_of_b = [&](int64_t j) {
+          const int64_t n = std::min(COLUMNS, n1 - j);
+          transpose(b.data + j * b_stride + k0, b_stride, of_b, COLUMNS, n, k);
+        };
+        auto block = [&](int64_t i, int64_t j) {
+          const int64_t m = std::min(height, m1 - i), n = std::min(COLUMNS, n1 - j);
+          at::native::cpublas::brgemm(
+              m, n, k, copy_a ? k : a_stride, copy_b ? COLUMNS : b_stride, turned ? COLUMNS : N,
+              k0 > 0, copy_a ? of_a : a.data + i * a_stride + k0,
+              copy_b ? of_b : b.data + k0 * b_stride + j, turned ? of_c : c + i * N + j, false);
+          if (turned) transpose(of_c, COLUMNS, c + j * M + i, M, m, n);
+        };
+        if (copy_a) {
+          for (int64_t i = m0; i < m1; i += height) {
+            copy_of_a(i);
+            for (int64_t j = n0; j < n1; j += COLUMNS) {
+              if (copy_b) copy_of_b(j);
+              block(i, j);
+            }
+          }
+        } else {
           for (int64_t j = n0; j < n1; j += COLUMNS) {
-            if (turn_b) lay_out_b(j);
-            block(i, j);
+            if (copy_b) copy_of_b(j);
+            for (int64_t i = m0; i < m1; i += height) block(i, j);
           }
         }
-      } else {
-        for (int64_t j = n0; j < n1; j += COLUMNS) {
-          if (turn_b) lay_out_b(j);
-          for (int64_t i = m0; i < m1; i += height) block(i, j);
-        }
       }
+    } catch (...) {  // must not leave the region
+      done = false;
     }
-    at::native::cpublas::brgemm_release(false);
   }
+  return done;
 }
-#else
-inline bool has_microkernel() { return false; }
-constexpr int64_t DEPTH = 0;
-inline void multiply(const Matrix&, const Matrix&, float*, bool, int64_t) {}
-#endif
 
-inline void product(const Matrix& a, const Matrix& b, float* c, int64_t threads) {
+inline void product(const Matrix& a, const Matrix& b, float* c) {
   const bool regular = (a.by_rows() || a.by_columns()) && (b.by_rows() || b.by_columns());
   const bool empty = a.rows == 0 || a.columns == 0 || b.columns == 0;
-  if (regular && !empty && has_microkernel()) {
-    // as C' = B' A' where that leaves less to lay out anew, of a block all at once
+  if (regular && !empty && at::globalContext().userEnabledMkldnn()) {
+    // as C' = B' A' where less is copied so; a block of that is not added to, but complete
     const bool turned = !b.by_rows() && (!a.by_rows() || a.rows < b.columns) && a.columns <= DEPTH;
-    if (turned) {
-      multiply(b.transposed(), a.transposed(), c, true, threads);
-    } else {
-      multiply(a, b, c, false, threads);
-    }
-  } else {
-    const Matrix result{c, a.rows, b.columns, b.columns, 1};
-    AOTI_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_mm_out(result.tensor().get(), a.tensor().get(), b.tensor().get()));
+    const Matrix left = turned ? b.transposed() : a;
+    const Matrix right = turned ? a.transposed() : b;
+    if (multiply(left, right, c, turned)) return;
   }
+  const Matrix result{c, a.rows, b.columns, b.columns, 1};
+  AOTI_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_mm_out(result.tensor().get(), a.tensor().get(), b.tensor().get()));
 }
 
 }  // namespace probae
@@ -184,28 +172,43 @@ inline void product(const Matrix& a, const Matrix& b, float* c, int64_t threads)
 def by_blocks() -> Iterator[None]:
     """Let Inductor multiply float32 matrices on CPUs by the source above.
 
-    Not where a user has chosen a lower precision of torch's own products.
+    Not where there is no microkernel, nor where a user has chosen a lower precision for torch.
     """
-    if not products_are_float32():
+    if not (has_microkernel() and products_are_float32()):
         yield
         return
     usual = lowerings[MM]
 
     def lowered(a: Any, b: Any, **keywords: Any) -> Any:
-        if not keywords and V.graph.cpp_wrapper and _is_ours(a) and _is_ours(b):
+        if not keywords and V.graph.cpp_wrapper and _can_multiply(a) and _can_multiply(b):
             return Product.of(a, b)
         return usual(a, b, **keywords)
 
     # the configuration is part of the key of Inductor's cache
-    version = {"probae.products": sha256(SOURCE.encode()).hexdigest()}
-    with (
-        config.patch({"aot_inductor.metadata": version}),
-        mock.patch.dict(lowerings, {MM: lowered}),
-    ):
-        yield
+    version = {"probae.products": sha256(Path(__file__).read_bytes()).hexdigest()}
+    metadata = {"aot_inductor.metadata": {**config.aot_inductor.metadata, **version}}
+    lowerings[MM] = lowered
+    try:
+        with config.patch(metadata):
+            yield
+    finally:
+        lowerings[MM] = usual
 
 
-def _is_ours(matrix: Any) -> bool:
+@cache
+def has_microkernel() -> bool:
+    """Whether torch's oneDNN has the microkernel on this chip, for float32."""
+    header = Path(torch.__file__).parent / "include" / "ATen" / "native" / "CPUBlas.h"
+    return (
+        platform.machine().lower() in ("x86_64", "amd64")
+        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        and torch.backends.mkldnn.is_available()
+        and header.exists()
+        and "CPUBLAS_BRGEMM_F32F32F32" in header.read_text()  # not in older torch
+    )
+
+
+def _can_multiply(matrix: Any) -> bool:
     on_cpu = matrix.get_device().type == "cpu" and matrix.get_dtype() == torch.float32
     return on_cpu and all(getattr(n, "is_number", True) for n in matrix.get_size())
 
@@ -234,8 +237,7 @@ class Product(ir.ExternKernelOut):
             wrapper.header.splice(SOURCE)
             wrapper.needs_vec_isa = True
         a, b = map(_matrix, self.inputs)
-        threads = torch.get_num_threads()  # as in the kernels
-        wrapper.writeline(f"probae::product({a}, {b}, {_data(self)}, {threads});")
+        wrapper.writeline(f"probae::product({a}, {b}, {_data(self)});")
 
 
 def _matrix(matrix: Any) -> str:
