@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -83,18 +84,14 @@ def matrices() -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def function(*inputs: Tensor) -> list[Tensor]:
-    """Multiply each even matrix by the odd one behind it."""
-    return [torch.mm(a, b) for a, b in zip(inputs[::2], inputs[1::2], strict=True)]
+def compiled(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], list[Tensor]]:
+    """Return machine code that multiplies the matrices of each pair."""
+    inputs = [matrix for pair in pairs for matrix in pair]
 
+    def function(*inputs: Tensor) -> list[Tensor]:
+        return [torch.mm(a, b) for a, b in zip(inputs[::2], inputs[1::2], strict=True)]
 
-def flat(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    return [matrix for pair in pairs for matrix in pair]
-
-
-def multiplied(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    inputs = flat(pairs)
-    return list(machine_code(record(function, inputs), inputs)(*inputs))
+    return partial(machine_code(record(function, inputs), inputs), *inputs)
 
 
 def assert_float32(pairs: list[tuple[Tensor, Tensor]], results: list[Tensor]) -> None:
@@ -114,7 +111,7 @@ def test_products_in_machine_code_are_those_of_float64(
 ) -> None:
     torch.set_num_threads(number)
     pairs = matrices()
-    assert_float32(pairs, multiplied(pairs))
+    assert_float32(pairs, compiled(pairs)())
     assert len(calls) > len(pairs) / 2  # the others are no sums, or sums of a single product
 
 
@@ -123,15 +120,14 @@ def test_torch_multiplies_in_machine_code_without_onednn_alone(
     calls: list[tuple[int, ...]],
 ) -> None:
     pairs = matrices()[:8]
-    inputs = flat(pairs)
-    run = machine_code(record(function, inputs), inputs)
+    run = compiled(pairs)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert all(map(torch.equal, run(*inputs), function(*inputs)))
-        assert_float32(pairs, run(*inputs))
-        theirs = run(*inputs)
-    assert_float32(pairs, run(*inputs))
+        assert all(torch.equal(c, a @ b) for c, (a, b) in zip(run(), pairs, strict=True))
+        assert_float32(pairs, run())
+        theirs = run()
+    assert_float32(pairs, run())
     # other sums of 784 numbers are rounded otherwise
-    assert not any(map(torch.equal, run(*inputs)[:4], theirs[:4]))
+    assert not any(map(torch.equal, run()[:4], theirs[:4]))
     assert len(calls) == 8
 
 
@@ -140,11 +136,10 @@ def test_products_in_machine_code_take_the_threads_of_the_moment(
     calls: list[tuple[int, ...]],
 ) -> None:
     pairs = matrices()[:8]
-    inputs = flat(pairs)
-    run = machine_code(record(function, inputs), inputs)
+    run = compiled(pairs)
     for number in (1, 5, 2):
         torch.set_num_threads(number)
-        assert_float32(pairs, run(*inputs))
+        assert_float32(pairs, run())
     assert len(calls) == 8
 
 
@@ -200,7 +195,7 @@ def test_without_a_microkernel_torch_multiplies_in_machine_code(
 ) -> None:
     monkeypatch.setattr(products, "has_microkernel", lambda: False)
     a, b = torch.randn(40, 30), torch.randn(30, 20)
-    torch.testing.assert_close(multiplied([(a, b)])[0], a @ b)
+    torch.testing.assert_close(compiled([(a, b)])()[0], a @ b)
     assert calls == []
 
 
@@ -210,7 +205,7 @@ def test_a_lower_precision_chosen_by_the_user_is_torchs_in_machine_code(
     monkeypatch.setattr(precision, "_onednn_keeps_float32", lambda: False)  # as with AMX
     monkeypatch.setattr(precision, "setting", lambda: "bf16")
     a, b = torch.randn(40, 30), torch.randn(30, 20)
-    torch.testing.assert_close(multiplied([(a, b)])[0], a @ b)
+    torch.testing.assert_close(compiled([(a, b)])()[0], a @ b)
     assert calls == []
 
 
@@ -231,7 +226,7 @@ def test_products_of_other_numbers_are_torchs_in_machine_code(
     dtype: torch.dtype, calls: list[tuple[int, ...]]
 ) -> None:
     a, b = torch.randn(40, 30, dtype=dtype), torch.randn(30, 20, dtype=dtype)
-    torch.testing.assert_close(multiplied([(a, b)])[0], a @ b)
+    torch.testing.assert_close(compiled([(a, b)])()[0], a @ b)
     assert calls == []
 
 
@@ -239,7 +234,7 @@ def test_inductor_multiplies_as_before_after_machine_code() -> None:
     from torch._inductor.lowering import lowerings
 
     before = dict(lowerings)
-    multiplied([(torch.randn(40, 30), torch.randn(30, 20))])
+    compiled([(torch.randn(40, 30), torch.randn(30, 20))])
     with pytest.raises(KeyError), products.by_blocks():
         raise KeyError
     assert all(lowerings[op] is before[op] for op in before)
